@@ -1,0 +1,43 @@
+# What can be done here; `make` alone lists it.
+.DEFAULT_GOAL := help
+.PHONY: help setup book test run bench lab clean
+PARAMS ?= params/nano.yaml
+BIN := .venv/bin
+
+help:
+	@echo "make book   set up, run $(PARAMS), build the book: build/book/_build/html/index.html"
+	@echo "make test   set up, run every test"
+	@echo "make run    set up, run PARAMS=$(PARAMS), or what is left of it"
+	@echo "make bench  set up, measure speed on this machine against reference implementations"
+	@echo "make lab    set up, open JupyterLab on the chapters"
+	@echo "make clean  remove what was built and the local run (not .venv, not results/nano-full)"
+
+setup: .venv/.ready
+
+# one environment, every version pinned; made again when what it is made of changes
+.venv/.ready: settings.ini setup.py constraints.txt
+	@python3 -c 'import sys; sys.exit(sys.version_info[:2] < (3, 11))' || { echo "Python 3.11 or newer is needed; python3 is $$(python3 --version)"; exit 2; }
+	@echo "setting up .venv (about 220 packages, 2 GB, some minutes)"
+	@python3 -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+run: setup
+	@$(BIN)/neurocodec run $(PARAMS)
+
+book: run
+	@$(BIN)/neurocodec book
+
+test: setup
+	@$(BIN)/ruff check neurocodec tests setup.py
+	@$(BIN)/python -m pytest
+
+bench: setup
+	@$(BIN)/python benchmarks/sae_step.py
+
+lab: setup
+	@$(BIN)/jupyter lab --notebook-dir nbs --ip 127.0.0.1
+
+clean:
+	rm -rf build results/nano .snakemake .pytest_cache .ruff_cache .hypothesis
+	find neurocodec nbs tests -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,27 @@
+# One rule for every node of the run that config["params"] names; everything about nodes is in nbs/01_engine.ipynb.
+# Use it through `neurocodec run`, or alone: snakemake --config params=params/nano.yaml
+from neurocodec.core.engine import command, cost, drop_stale_stamps, jobs, model_shape
+from neurocodec.core.run import read_params
+
+overrides = config.get("overrides", {})
+run = read_params(config["params"])
+shape = model_shape(run.model)
+todo = jobs(run, overrides, config.get("layers"), config.get("until", ""))
+drop_stale_stamps(todo)
+stamps = {j.name: str(j.stamp) for j in todo}
+
+
+rule all:
+    input: list(stamps.values())
+
+
+for job in todo:
+    rule:
+        name: job.name.replace("/", "_")
+        # stamps are named by key, so their age says nothing: `ancient`
+        input: [ancient(stamps[n]) for n in job.needs]
+        output: touch(stamps[job.name])
+        threads: job.threads
+        resources: mem_mb=int(cost(job, shape, 1e11).memory_mb)
+        params: command=command(job, config["params"], overrides)
+        shell: "exec {params.command} --threads {threads}"

@@ -1,0 +1,168 @@
+"""The run engine end to end, on a model this project never saw: three lines of YAML, kills at random, failures, bad input."""
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+NEUROCODEC = str(Path(sys.executable).parent / "neurocodec")
+UNTIL = "quality"
+# what a small machine can do in seconds; the chapters' own defaults are nearly that small already
+TINY = {"12_activations": {"n_tokens": 20_000}, "13_train": {"n_tokens": 20_000}}
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """A folder with a small GPT-2 and a corpus of two domains, both made here."""
+    top = tmp_path_factory.mktemp("foreign")
+    torch.manual_seed(1)
+    tok = PreTrainedTokenizerFast.from_pretrained(ROOT / "neurocodec" / "data" / "nano")
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tok), n_positions=256, n_embd=48, n_layer=3, n_head=4, bos_token_id=0, eos_token_id=0))
+    model.save_pretrained(top / "model")
+    tok.save_pretrained(top / "model")
+    words = "array tensor axis shape value returns index the of and with from each matrix vector sum mean norm sparse dense".split()
+    rng = random.Random(0)
+    lines = [json.dumps({"text": " ".join(rng.choices(words, k=rng.randint(20, 90))), "domain": "sympy" if i % 10 == 0 else "made"}) for i in range(3600)]
+    (top / "texts.jsonl").write_text("\n".join(lines))
+    return top
+
+
+def yaml_of(foreign, path, **more):
+    path.write_text(f"model: {foreign / 'model'}\nlayers: [1]\ncorpus: file:{foreign / 'texts.jsonl'}\n" + (f"chapters: {json.dumps(more['chapters'])}\n" if more else ""))
+    return path
+
+
+def run(*argv, results, **env):
+    return subprocess.run([NEUROCODEC, "run", *map(str, argv)], cwd=results.parent, capture_output=True, text=True,
+                          env=os.environ | {"NEUROCODEC_RESULTS": str(results)} | env, timeout=1500)
+
+
+def outputs(results):
+    """Digests of every artefact of a run, as its manifests list them."""
+    return {p.parent.name + (p.parent.parent.name if p.parent.parent.name.startswith("L") else ""): json.loads(p.read_text())["outputs"]
+            for p in results.glob("*/**/manifest.json") if ".part" not in str(p) and ".old" not in str(p)}
+
+
+def test_three_lines_of_yaml(foreign, tmp_path):
+    done = run(yaml_of(foreign, tmp_path / "mine.yaml"), results=tmp_path / "r")
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = json.loads((tmp_path / "r" / "mine" / "L1" / "14_quality" / "metrics.json").read_text())
+    assert metrics["l0"] > 0 and -1 < metrics["ev"] <= 1
+    again = run(tmp_path / "mine.yaml", results=tmp_path / "r")
+    assert again.returncode == 0 and "▸" not in again.stdout, "nothing changed, nothing runs"
+    changed = run(tmp_path / "mine.yaml", "-p", "k=16", "--until", "train", results=tmp_path / "r")
+    assert "▸ L1/13_train" in changed.stdout and "▸ 12_activations" not in changed.stdout, changed.stdout
+
+
+def test_killed_five_times_ends_the_same(foreign, tmp_path):
+    params = yaml_of(foreign, tmp_path / "mine.yaml", chapters=TINY)
+    straight = run(params, "--until", UNTIL, results=tmp_path / "straight")
+    assert straight.returncode == 0, straight.stdout + straight.stderr
+    results, rng, kills = tmp_path / "killed", random.Random(7), 0
+    for _ in range(5):
+        child = subprocess.Popen([NEUROCODEC, "run", params, "--until", UNTIL], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                 env=os.environ | {"NEUROCODEC_RESULTS": str(results)}, start_new_session=True)
+        try:
+            child.wait(rng.uniform(8, 40))
+        except subprocess.TimeoutExpired:
+            if rng.random() < .5:
+                os.killpg(child.pid, signal.SIGKILL)  # everything at once, as a machine that goes down
+            else:
+                child.kill()  # only the command; what it started must not live on
+            child.wait()
+            kills += 1
+    last = run(params, "--until", UNTIL, results=results)
+    assert last.returncode == 0, last.stdout + last.stderr
+    assert kills >= 3
+    assert outputs(results) == outputs(tmp_path / "straight")
+
+
+def test_a_failing_node_leaves_its_notebook_and_the_others_alone(foreign, tmp_path):
+    params = yaml_of(foreign, tmp_path / "mine.yaml", chapters={"02_text": {"text_column": "body"}})
+    done = run(params, results=tmp_path / "r")
+    assert done.returncode == 2
+    assert "no text under key 'body'" in done.stdout and "Traceback" not in done.stdout + done.stderr
+    failed = tmp_path / "r" / "mine" / "02_text.failed.ipynb"
+    assert "UserError" in failed.read_text()
+    assert (tmp_path / "r" / "mine" / "10_sparse" / "manifest.json").exists(), "a node that needs nothing from it went on"
+    assert not (tmp_path / "r" / "mine" / "02_text").exists(), "nothing half-written"
+
+
+def spoil(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("text, says", [
+    ("modle: x", "unknown key 'modle'; valid keys are run, model"),
+    ("layers: [0]\nmodel: ./nowhere", "no folder"),
+    ("layers: [0]\nmodel: nano\nchapters: {13_train: {kk: 3}}", "unknown key 'kk'; valid keys are"),
+    ("layers: [0]\nmodel: nano\nchapters: {13_train: {k: many}}", "expected int"),
+    ("layers: [9]\nmodel: nano", "9 is out of range; nano has blocks 0 to 5"),
+])
+def test_bad_parameters_are_one_line(text, says, tmp_path):
+    (tmp_path / "p.yaml").write_text(text)
+    done = run("p.yaml", results=tmp_path / "r")
+    assert done.returncode == 2 and says in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert not (tmp_path / "r" / "p").exists()
+
+
+def test_a_corrupted_model_is_one_line(foreign, tmp_path):
+    shutil.copytree(foreign / "model", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    (tmp_path / "p.yaml").write_text(f"model: {tmp_path / 'model'}\nlayers: [1]\ncorpus: file:{foreign / 'texts.jsonl'}\n")
+    done = run("p.yaml", "--until", "activations", results=tmp_path / "r")
+    assert done.returncode == 2 and "safetensors file is damaged or cut short" in done.stdout and "Traceback" not in done.stdout + done.stderr, done.stdout
+
+
+def test_an_empty_corpus_is_one_line(foreign, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "p.yaml").write_text(f"model: {foreign / 'model'}\nlayers: [1]\ncorpus: file:{tmp_path / 'empty.txt'}\n")
+    done = run("p.yaml", "--until", "activations", results=tmp_path / "r")
+    assert done.returncode == 2 and "no documents found" in done.stdout
+    assert not (tmp_path / "r" / "p" / "02_text").exists()
+
+
+def test_truncated_activations_are_found(foreign, tmp_path):
+    params = yaml_of(foreign, tmp_path / "mine.yaml", chapters=TINY)
+    assert run(params, "--until", "activations", results=tmp_path / "r").returncode == 0
+    store = tmp_path / "r" / "mine" / "12_activations" / "L1.bin"
+    with open(store, "r+b") as f:
+        f.truncate(store.stat().st_size // 2)
+    done = run(params, "--until", "train", results=tmp_path / "r")
+    assert done.returncode == 2 and "L1.bin" in done.stdout and "makes it again" in done.stdout, done.stdout
+    assert not (tmp_path / "r" / "mine" / "L1" / "13_train").exists()
+
+
+def test_a_results_folder_that_cannot_be_written(foreign, tmp_path):
+    (tmp_path / "r").write_text("a file where a folder should be")
+    done = run(yaml_of(foreign, tmp_path / "mine.yaml"), results=tmp_path / "r")
+    assert done.returncode == 2 and "cannot be written" in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+def test_a_full_disk_loses_nothing(foreign, tmp_path):
+    """On a file system of three megabytes the store does not fit; what was there stays, and room makes it go on."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", place], capture_output=True).returncode == 0
+    if not mounted:  # without the right to mount, a limit on file size meets the same code
+        pytest.fail("needs the right to mount a tmpfs (run as root, or in a user namespace: unshare -rm)")
+    try:
+        params = yaml_of(foreign, tmp_path / "mine.yaml", chapters={"12_activations": {"n_tokens": 60_000}})
+        done = run(params, "--until", "activations", results=place / "r")
+        assert done.returncode == 2 and "no space" in (done.stdout + done.stderr).lower(), done.stdout + done.stderr
+        assert "Traceback" not in done.stdout + done.stderr
+        assert not (place / "r" / "mine" / "12_activations").exists()
+    finally:
+        subprocess.run(["umount", place])

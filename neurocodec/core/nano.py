@@ -211,7 +211,7 @@ def token_losses(model: nn.Module, tokens_NT: Tensor, batch: int = 16) -> Tensor
     out = []
     for x in progress(tokens_NT.split(batch), desc="measuring losses"):
         logits = model(input_ids=x, use_cache=False).logits[:, :-1]
-        out.append(F.cross_entropy(logits.transpose(1, 2), x[:, 1:], reduction="none"))
+        out.append(F.cross_entropy(logits.flatten(0, 1), x[:, 1:].flatten(), reduction="none").view(len(x), -1))
     return torch.cat(out) if out else torch.zeros(0, tokens_NT.shape[1] - 1)
 
 def loss_by_domain(loss_NT: Tensor, packed: Packed, seed: int = 0) -> dict[str, Estimate]:

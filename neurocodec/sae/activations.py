@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..core.run import Folder, UserError, atomic, progress, read_tensors, write_json
+from ..core.run import Folder, UserError, atomic, progress, read_tensors, short_path, write_json
 from ..core.text import Packed
 
 # %% ../../nbs/12_activations.ipynb #cc3eee3c
@@ -48,20 +48,19 @@ class Rows(NamedTuple):
 def choose_rows(
     doc_NT: Tensor,    # (N, T) document numbers
     keep_NT: Tensor,   # (N, T) bool from `kept_tokens`
-    n_tokens: int = 0, # rows wanted, 0 = all; more than there are is an error
+    n_tokens: int = 0, # rows wanted, 0 = all; where there are fewer, all
     seed: int = 0,     # draws the contexts
 ) -> Rows:
     "The rows of a store in the order they are written: by context, then by position."
     counts = keep_NT.sum(1).numpy()
     have = int(counts.sum())
-    if n_tokens > have: raise UserError(f"n_tokens: {n_tokens:,} activations wanted, the split has {have:,}; lower n_tokens or read more text")
     if have == 0: raise UserError("no tokens to keep: the split is empty or holds nothing but beginning-of-text tokens")
-    order = np.random.default_rng(seed).permutation(len(counts)) if n_tokens else np.arange(len(counts))
-    enough = int(np.searchsorted(counts[order].cumsum(), n_tokens or have)) + 1
+    stop = min(n_tokens or have, have)
+    order = np.random.default_rng(seed).permutation(len(counts)) if stop < have else np.arange(len(counts))
+    enough = int(np.searchsorted(counts[order].cumsum(), stop)) + 1
     contexts = torch.from_numpy(np.sort(order[:enough]))
     local_N, pos_N = keep_NT[contexts].nonzero(as_tuple=True)
     context_N = contexts[local_N]
-    stop = n_tokens or have
     return Rows(*(x[:stop].int() for x in (context_N, pos_N, doc_NT[context_N, pos_N])))
 
 # %% ../../nbs/12_activations.ipynb #1b652aee
@@ -147,7 +146,9 @@ class Store:
         meta, path = json.loads((folder/f"L{layer}.json").read_text()), folder/f"L{layer}.bin"
         kind = DTYPES[meta["dtype"]][1]
         size, expected = path.stat().st_size if path.exists() else 0, meta["n"] * meta["d"] * kind.itemsize
-        if size != expected: raise UserError(f"{path}: expected {expected:,} bytes ({meta['n']:,} x {meta['d']} {meta['dtype']}), found {size:,}; {again}")
+        if size != expected:
+            what = f"{short_path(path)}: expected {expected:,} bytes ({meta['n']:,} x {meta['d']} {meta['dtype']}), found {size:,}"
+            raise source.damaged(what) if isinstance(source, Folder) else UserError(f"{what}; {again}")
         if isinstance(source, Folder): [source.path(name) for name in (f"L{layer}.json", f"L{layer}.bin", "rows.safetensors")]
         return cls(folder, meta, np.memmap(path, kind, "r", shape=(meta["n"], meta["d"])))
 

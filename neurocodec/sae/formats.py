@@ -7,7 +7,7 @@ __all__ = ['NAMES', 'CUSTOM_DF', 'NEEDS', 'SAELENS', 'PER_TOKEN', 'STYLES', 'FOR
            'own_formula', 'PerToken', 'fold', 'reference_batch', 'disagreement', 'shapes', 'collect', 'read_saelens',
            'read_gemma_scope', 'read_gemma_scope_2', 'read_sparsify', 'Style', 'read_dictionary_learning',
            'read_openai', 'Format', 'find_format', 'fetch', 'read_dictionary', 'write_saelens', 'write_sparsify',
-           'convert']
+           'keep_dictionary', 'convert']
 
 # %% ../../nbs/15_formats.ipynb #3c120594
 import json, re
@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..core.run import UserError, atomic, read_tensors, short_path, write_json
+from ..core.run import Folder, UserError, atomic, read_tensors, short_path, write_json
 from .dictionary import KINDS, Dictionary, DictionaryConfig, load_dictionary, save_dictionary
 from .sparse import Codes
 
@@ -420,11 +420,14 @@ def fetch(spec: str) -> Path:
 
 # %% ../../nbs/15_formats.ipynb #5b7e26df
 def read_dictionary(
-    spec: str | Path,            # folder, file or `hf:owner/name/path/in/repo`
+    spec: str | Path | Folder,   # folder, file or `hf:owner/name/path/in/repo`; of a run's `Folder` the digests are verified
     kind: str = "auto",          # a key of FORMATS, or found out
     scale: float | None = None,  # factor on the activations it was trained with, where the file does not have it
 ) -> Dictionary:
     "Read a dictionary of any format; `meta` says where it came from. Anything amiss is a UserError of one line."
+    if isinstance(spec, Folder):
+        if "dictionary.json" in spec.manifest["outputs"]: return load_dictionary(spec)
+        spec = spec.path("sae_weights.safetensors").parent
     path = fetch(spec) if str(spec).startswith("hf:") else Path(spec)
     if path.is_file() and path.name in ("dictionary.json", "dictionary.safetensors"): path = path.parent
     if kind == "neurocodec" or kind == "auto" and (path / "dictionary.json").exists(): return load_dictionary(path)
@@ -479,6 +482,12 @@ def write_sparsify(folder: str | Path, d: Dictionary) -> None:
     _save(Path(folder) / "sae.safetensors", {"encoder.weight": d.W_enc, "encoder.bias": d.b_enc, "W_dec": d.W_dec, "b_dec": d.b_dec})
     write_json(Path(folder) / "cfg.json", {"activation": "topk", "expansion_factor": max(1, d.n_features // d.d_model), "normalize_decoder": True, "num_latents": d.n_features,
                                            "k": d.config.k, "multi_topk": False, "skip_connection": False, "transcode": False, "d_in": d.d_model})
+
+# %% ../../nbs/15_formats.ipynb #4f7e43d7
+def keep_dictionary(folder: str | Path, d: Dictionary) -> None:
+    "Write a dictionary so that `read_dictionary` gives it back: per-vector norms go into SAELens' format, all else into ours."
+    if isinstance(d, PerToken): write_saelens(folder, d)
+    else: save_dictionary(folder, d)
 
 # %% ../../nbs/15_formats.ipynb #3938946f
 WRITERS: dict[str, Callable[[Path, Dictionary], None]] = {"saelens": write_saelens, "sparsify": write_sparsify, "neurocodec": save_dictionary}

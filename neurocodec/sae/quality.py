@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RECONSTRUCTION', 'PREDICTION', 'document_draws', 'Tally', 'estimate', 'square_norm', 'token_errors', 'tally_batch',
-           'reconstruction_totals', 'splice', 'token_losses', 'Evaluation', 'evaluate', 'some_contexts',
+           'reconstruction_totals', 'splice', 'Clean', 'token_losses', 'Evaluation', 'evaluate', 'some_contexts',
            'usage_entropy', 'dead_share', 'jackknife', 'nearest_cosine', 'random_directions', 'fit_pca', 'untrained',
            'recipe', 'quality']
 
@@ -138,15 +138,28 @@ def splice(
     h_BTD[keep_BT] = hat_ND.to(h_BTD)
     return lm.from_layer(h_BTD, layer)
 
+class Clean(NamedTuple):
+    "The untouched model's next-token distribution at n scored positions."
+    p_nV: Tensor
+    plogp_n: Tensor  # sum of p log p
+
+    @classmethod
+    def of(cls, logits_nV: Tensor) -> "Clean":
+        "From its logits."
+        logp_nV = logits_nV.float().log_softmax(-1)
+        p_nV = logp_nV.exp()
+        return cls(p_nV, torch.linalg.vecdot(p_nV, logp_nV))
+
 def token_losses(
-    logits_nV: Tensor,             # at n scored positions
-    next_n: Tensor,                # the tokens that follow
-    clean_nV: Tensor | None = None,  # log-probabilities of the untouched model
+    logits_nV: Tensor,           # at n scored positions
+    next_n: Tensor,              # the tokens that follow
+    clean: Clean | None = None,  # the untouched model there
 ) -> dict[str, Tensor]:
-    "Next-token loss `ce` and, where `clean_nV` is given, `kl` of the clean model from this one; nats, per position."
-    logp_nV = logits_nV.float().log_softmax(-1)
-    out = {"ce": -logp_nV.gather(1, next_n[:, None])[:, 0]}
-    return out if clean_nV is None else out | {"kl": (clean_nV.exp() * (clean_nV - logp_nV)).sum(1)}
+    "Next-token loss `ce` and, where `clean` is given, `kl` of the clean model from this one; nats, per position."
+    z_nV = logits_nV.float()
+    total_n = z_nV.logsumexp(-1)
+    out = {"ce": total_n - z_nV.gather(1, next_n[:, None])[:, 0]}
+    return out if clean is None else out | {"kl": clean.plogp_n - torch.linalg.vecdot(clean.p_nV, z_nV) + total_n}
 
 PREDICTION: dict[str, Callable] = {  # as RECONSTRUCTION
     "ce": lambda t, a: t[f"{a}.ce"] / t["scored"],
@@ -208,10 +221,11 @@ def _tally_losses(tally, lm, h_BTD, keep_BT, score_BT, tokens_BT, doc_BT, hats, 
     at = score_BT.nonzero(as_tuple=True)
     next_n, doc_n = tokens_BT[at[0], at[1] + 1].to(h_BTD.device), doc_BT[at]
     def scored(logits_BTV): return logits_BTV[at[0], at[1]].float()
-    clean_nV = scored(lm.from_layer(h_BTD, layer)).log_softmax(-1)
-    tally.add(doc_n, scored=torch.ones(len(doc_n)), **{"clean.ce": token_losses(clean_nV, next_n)["ce"]})
+    logits_nV = scored(lm.from_layer(h_BTD, layer))
+    clean = Clean.of(logits_nV)
+    tally.add(doc_n, scored=torch.ones(len(doc_n)), **{"clean.ce": token_losses(logits_nV, next_n)["ce"]})
     for a, hat_ND in hats.items():
-        q = token_losses(scored(splice(lm, h_BTD, keep_BT, hat_ND, layer)), next_n, clean_nV)
+        q = token_losses(scored(splice(lm, h_BTD, keep_BT, hat_ND, layer)), next_n, clean)
         tally.add(doc_n, **{f"{a}.{k}": v for k, v in q.items()})
 
 # %% ../../nbs/14_quality.ipynb #ee6ab687

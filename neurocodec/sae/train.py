@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['REVIVALS', 'CHOOSING', 'CURVES', 'CHECKPOINT', 'TrainConfig', 'auto_lr', 'lr_factor', 'pressure', 'k_at', 'Trainer',
            'get_state', 'set_state', 'save_checkpoint', 'load_checkpoint', 'Job', 'train_many', 'shared_config',
-           'job_key', 'curve_table', 'finish', 'finished', 'train']
+           'job_key', 'curve_table', 'finish', 'finished', 'train', 'pretrained_spec', 'check_place', 'read_curves']
 
 # %% ../../nbs/13_train.ipynb #7d35efc5
-import hashlib, json, math, time
+import hashlib, json, math, re, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -271,3 +271,37 @@ def train(
 ) -> Dictionary:                         # takes raw activations
     "Train one dictionary; see `train_many`."
     return train_many(store, {"": Job(dictionary_config, train_config)}, folder, tracker, save_every)[""]
+
+# %% ../../nbs/13_train.ipynb #0cec8ed4
+def pretrained_spec(
+    pretrained: str, # one source, in which `{layer}` stands for the layer, or `12=SOURCE 20=SOURCE`
+    layer: int,
+) -> str:
+    "Where the dictionary of one layer is."
+    own = dict(re.findall(r"(?:^|\s)(\d+)=(\S+)", pretrained))
+    if own and str(layer) not in own: raise UserError(f"pretrained: names layers {', '.join(own)}, not {layer}")
+    return own.get(str(layer), pretrained).replace("{layer}", str(layer))
+
+def check_place(d: Dictionary, store: Store, spec: str) -> None:
+    "UserError where a dictionary belongs to another width or hook point than the store."
+    if d.d_model != store.d: raise UserError(f"{spec}: is for activations of width {d.d_model}, layer {store.layer} of {store.meta.get('model', 'this model')} has {store.d}")
+    hook, same = str(d.meta.get("hook", "")), (store.hook, f"blocks.{store.layer + 1}.hook_resid_pre")
+    if hook.startswith("blocks.") and hook not in same: raise UserError(f"{spec}: was trained on {hook}, expected {' or '.join(same)}")
+
+@torch.no_grad()
+def read_curves(
+    d: Dictionary,   # takes raw activations
+    store: Store,
+    n_tokens: int,   # activations read
+    batch: int,
+    seed: int = 0,
+) -> pd.DataFrame:
+    "The columns of `curve_table` for a dictionary that is not trained: a row a batch."
+    stream, seen_F, rows = store.batches(batch, seed), torch.zeros(d.n_features, dtype=torch.bool), []
+    for step in progress(range(max(1, n_tokens // batch)), desc="reading"):
+        x_BD = next(stream)
+        codes = d.encode(x_BD)
+        active_Bk, missed = codes.values_Bk > 0, (x_BD - d(x_BD)).square().sum(1).mean().item()
+        seen_F[codes.indices_Bk[active_Bk]] = True
+        rows.append((missed / store.d / store.scale**2, 1 - missed / store.variance, active_Bk.sum(1).float().mean().item(), (~seen_F).float().mean().item(), 0., (step + 1) * batch, 0.))
+    return pd.DataFrame(rows, columns=[*CURVES, "tokens", "lr"])

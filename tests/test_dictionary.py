@@ -313,3 +313,12 @@ def test_faults_on_disk_are_one_line(fault, tmp_path):
     damage(tmp_path)
     with pytest.raises(UserError, match=says) as e: load_dictionary(tmp_path)
     assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
+
+def test_auxk_revives_what_stays_dead_without_it():
+    "Every second feature starts below what any input overcomes."
+    def dead_at_the_end(aux):
+        d = fresh("topk", aux=aux, dead_after=1000)
+        with torch.no_grad(): d.b_enc[::2] = -6
+        train(d, 400)
+        return d.dead_F.float().mean().item()
+    assert dead_at_the_end(0.) >= .5 and dead_at_the_end(1 / 32) < .1

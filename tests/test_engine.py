@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 NEUROCODEC = str(Path(sys.executable).parent / "neurocodec")
@@ -166,3 +167,26 @@ def test_a_full_disk_loses_nothing(foreign, tmp_path):
         assert not (place / "r" / "mine" / "12_activations").exists()
     finally:
         subprocess.run(["umount", place])
+
+
+def test_public_dictionaries_take_the_place_of_training(foreign, tmp_path):
+    """One in sparsify's format, one in OpenAI's with its norm per vector: measured and compared as our own are."""
+    W_FD = torch.nn.functional.normalize(torch.randn(96, 48, generator=torch.Generator().manual_seed(0)), dim=1)
+    (folder := tmp_path / "layers.0").mkdir()
+    save_file({"encoder.weight": W_FD, "encoder.bias": torch.zeros(96), "W_dec": W_FD, "b_dec": torch.zeros(48)}, folder / "sae.safetensors")
+    (folder / "cfg.json").write_text(json.dumps({"activation": "topk", "k": 8, "d_in": 48, "num_latents": 96, "expansion_factor": 2, "normalize_decoder": True,
+                                                 "multi_topk": False, "skip_connection": False, "transcode": False}))
+    torch.save({"pre_bias": torch.zeros(48), "latent_bias": torch.zeros(96), "encoder.weight": W_FD, "decoder.weight": W_FD.T.contiguous(),
+                "activation": "TopK", "activation_state_dict": {"k": 8, "postact_fn": "ReLU"}}, tmp_path / "openai.pt")
+    params = yaml_of(foreign, tmp_path / "mine.yaml", chapters=TINY | {"13_train": {"n_tokens": 4096, "pretrained": f"0={folder} 1={tmp_path / 'openai.pt'}"}})
+    params.write_text(params.read_text().replace("layers: [1]", "layers: [0, 1]"))
+    done = run(params, "--until", "layers", results=tmp_path / "r")
+    assert done.returncode == 0, done.stdout + done.stderr
+    top = tmp_path / "r" / "mine"
+    for layer, l0, at_most in ((0, 8, 8), (1, 8, 10)):  # the norm and the mean of a vector travel as features of their own
+        metrics = json.loads((top / f"L{layer}" / "14_quality" / "metrics.json").read_text())
+        assert l0 - 2 < metrics["l0"] <= at_most and metrics["n_features"] in (96, 99), metrics
+        assert json.loads((top / f"L{layer}" / "13_train" / "metrics.json").read_text())["pretrained"] is True
+    params.write_text(params.read_text().replace("layers: [0, 1]", "layers: [2]"))
+    done = run(params, "--until", "train", results=tmp_path / "r2")
+    assert done.returncode == 2 and "names layers 0, 1, not 2" in done.stdout and "Traceback" not in done.stdout + done.stderr, done.stdout

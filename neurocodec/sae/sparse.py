@@ -9,7 +9,6 @@ __all__ = ['SAMPLED', 'Codes', 'ByFeature', 'Support', 'bag', 'dots', 'decode_at
 
 # %% ../../nbs/10_sparse.ipynb #1736c526
 import math, threading
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Callable, NamedTuple
 
@@ -216,23 +215,17 @@ def _largest(x_BM: Tensor, k: int) -> Tensor:
     "(B, k) columns of each row's k largest entries, ascending; 0 < k < M."
     if x_BM.is_cuda: return x_BM.topk(k, sorted=False).indices.sort(1).values
     a, out, m = x_BM.detach().numpy(), np.empty((len(x_BM), k), np.int64), x_BM.shape[1]
-    def _block(i):
+    for i in range(0, len(a), 64):
         rows, into = a[i:i + 64], out[i:i + 64]
         last = np.partition(rows, m - k, axis=1)[:, m - k, None]
         at, starts = np.flatnonzero(rows >= last), m * np.arange(len(rows))
         if len(at) == len(rows) * k and (at[::k] >= starts).all() and (at[k - 1::k] < starts + m).all():
             np.subtract(at.reshape(-1, k), starts[:, None], out=into)
         else: into[:] = np.sort(np.argpartition(rows, m - k, axis=1)[:, m - k:], axis=1)
-    blocks, threads = range(0, len(a), 64), torch.get_num_threads()
-    if threads == 1 or len(blocks) < 2 * threads:
-        for i in blocks: _block(i)
-    else:
-        with ThreadPoolExecutor(threads) as pool: list(pool.map(_block, blocks))   # numpy lets go of the interpreter lock
     return torch.from_numpy(out)
 
-def group_size(n_features: int, k: int, floor: int = 4096) -> int:
-    "Entries per group of the two-level selection; 1 means the plain one, as always below `floor` features."
-    if n_features < floor: return 1
+def group_size(n_features: int, k: int) -> int:
+    "Entries per group of the two-level selection; 1 means the plain one."
     return max((g for g in (2, 4, 8, 16) if g * g * k <= n_features and n_features % g == 0), default=1)
 
 def topk(
@@ -268,7 +261,7 @@ def batch_topk(
     "The k·B largest positive entries of a batch, fewer where fewer are positive; exact."
     b, f = pre_BF.shape
     if not 0 <= k <= f: raise UserError(f"k = {k}: expected 0 to {f}, the number of features")
-    n, g = k * b, group_size(f, max(k, 1), floor=0) if group is None else group
+    n, g = k * b, group_size(f, max(k, 1)) if group is None else group
     if n == 0: return Support(torch.empty(0, dtype=torch.int64, device=pre_BF.device), torch.zeros(b + 1, dtype=torch.int64, device=pre_BF.device), f)
     flat, peaks_BG = pre_BF.flatten(), pre_BF.view(b, g, f // g).amax(1)
     floor = _nth_largest(peaks_BG.flatten(), n) if n <= peaks_BG.numel() else 0.

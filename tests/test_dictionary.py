@@ -322,3 +322,12 @@ def test_auxk_revives_what_stays_dead_without_it():
         train(d, 400)
         return d.dead_F.float().mean().item()
     assert dead_at_the_end(0.) >= .5 and dead_at_the_end(1 / 32) < .1
+
+def test_jumprelu_ends_near_its_target_and_nearer_with_more_weight_on_it():
+    "The target is a pull against the reconstruction's, not a constraint."
+    def l0(target, sparsity):
+        d = fresh("jumprelu", k=target, sparsity=sparsity)
+        train(d, 400)
+        return (d.encode(vectors(2000, 7)).values_Bk > 0).sum(1).float().mean().item()
+    for target in (2, 4, 8):
+        assert abs(l0(target, 10.) / target - 1) < .1 and abs(l0(target, 1.) / target - 1) < .25

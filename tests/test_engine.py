@@ -144,6 +144,8 @@ def test_truncated_activations_are_found(foreign, tmp_path):
     done = run(params, "--until", "train", results=tmp_path / "r")
     assert done.returncode == 2 and "L1.bin" in done.stdout and "makes it again" in done.stdout, done.stdout
     assert not (tmp_path / "r" / "mine" / "L1" / "13_train").exists()
+    again = run(params, "--until", "train", results=tmp_path / "r")  # and so it does
+    assert again.returncode == 0 and "▸ 12_activations" in again.stdout and "▸ 02_text" not in again.stdout, again.stdout
 
 
 def test_a_results_folder_that_cannot_be_written(foreign, tmp_path):
@@ -173,7 +175,7 @@ def test_public_dictionaries_take_the_place_of_training(foreign, tmp_path):
     """One in sparsify's format, one in OpenAI's with its norm per vector: measured and compared as our own are."""
     W_FD = torch.nn.functional.normalize(torch.randn(96, 48, generator=torch.Generator().manual_seed(0)), dim=1)
     (folder := tmp_path / "layers.0").mkdir()
-    save_file({"encoder.weight": W_FD, "encoder.bias": torch.zeros(96), "W_dec": W_FD, "b_dec": torch.zeros(48)}, folder / "sae.safetensors")
+    save_file({"encoder.weight": W_FD, "encoder.bias": torch.zeros(96), "W_dec": W_FD.clone(), "b_dec": torch.zeros(48)}, folder / "sae.safetensors")
     (folder / "cfg.json").write_text(json.dumps({"activation": "topk", "k": 8, "d_in": 48, "num_latents": 96, "expansion_factor": 2, "normalize_decoder": True,
                                                  "multi_topk": False, "skip_connection": False, "transcode": False}))
     torch.save({"pre_bias": torch.zeros(48), "latent_bias": torch.zeros(96), "encoder.weight": W_FD, "decoder.weight": W_FD.T.contiguous(),

@@ -6,6 +6,7 @@ import os
 import random
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -154,3 +155,24 @@ def test_bad_dictionary_is_one_line(store, tmp_path, change, says):
 def test_jobs_must_share_batches(store, tmp_path):
     with pytest.raises(UserError, match=r"dictionary 'b': seed = 1, but .* need the same \(0\)"):
         train_many(store, {"a": JOBS["topk"], "b": Job(SMALL, replace(SHORT, seed=1))}, tmp_path)
+
+
+@pytest.mark.parametrize("kind, revive", [("topk", "none"), ("relu", "resample"), ("topk", "auxk"), ("batchtopk", "auxk")])
+def test_two_processes_train_as_one(store, tmp_path, kind, revive):
+    "Half of every batch each, gradients averaged: the same curve; near it where AuxK's normaliser or BatchTopK's budget is each process's own."
+    what, how = replace(SMALL, kind=kind, **({"sparsity": .3} if kind == "relu" else {})), replace(HOW, n_tokens=12_800, revive=revive)
+    both = train(store, what, how, tmp_path / "two", partial(Tracker, tmp_path / "two"), processes=2)
+    alone = train(store, what, how, tmp_path / "one")
+    one, two = (pd.read_parquet(tmp_path / n / "curves.parquet") for n in ("one", "two"))
+    gap = (two.loss / one.loss - 1).abs()
+    if revive == "auxk": assert gap.mean() < .02 and gap.max() < .05, gap.max()
+    else: assert gap.max() < 1e-4, gap.max()
+    assert (two.l0 - one.l0).abs().max() < .2 and (tmp_path / "two" / "log.jsonl").exists()
+    x = store.rows(slice(0, 2000))
+    with torch.no_grad(): errors = [(x - d(x)).square().mean().item() for d in (alone, both)]
+    assert abs(errors[1] / errors[0] - 1) < .02, errors
+
+
+def test_a_failing_process_is_one_line(store, tmp_path):
+    with pytest.raises(UserError, match="not finite at step") as e: train(store, SMALL, replace(HOW, lr=1e9), tmp_path / "bad", processes=2)
+    assert "\n" not in str(e.value)

@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'TENSORS', 'ABOUT', 'DictionaryConfig', 'Loss', 'Dictionary'
 
 # %% ../../nbs/11_dictionary.ipynb #6a84cd7f
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,6 +120,7 @@ class _Dense:
 class Dictionary(nn.Module):
     "A sparse dictionary; see `create_dictionary`. Inputs are (B, D) at unit mean square until `fold_scale`."
     revival = .2   # length of a resampled encoder row, in that of the living
+    n_carriers = 0 # rows at the end that carry a vector's statistics and are no features (chapter 15)
 
     def __init__(self, config: DictionaryConfig):
         super().__init__()

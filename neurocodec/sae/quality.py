@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RECONSTRUCTION', 'PREDICTION', 'document_draws', 'Tally', 'estimate', 'square_norm', 'token_errors', 'tally_batch',
-           'reconstruction_totals', 'splice', 'Clean', 'token_losses', 'Evaluation', 'evaluate', 'some_contexts',
-           'usage_entropy', 'dead_share', 'jackknife', 'nearest_cosine', 'random_directions', 'fit_pca', 'untrained',
-           'recipe', 'quality']
+           'reconstruction_totals', 'splice', 'Clean', 'token_losses', 'Evaluation', 'evaluate', 'own_codes',
+           'some_contexts', 'usage_entropy', 'dead_share', 'jackknife', 'nearest_cosine', 'random_directions',
+           'fit_pca', 'untrained', 'recipe', 'quality']
 
 # %% ../../nbs/14_quality.ipynb #1ac6e9d4
 from dataclasses import replace
@@ -208,13 +208,21 @@ def evaluate(
 def _reconstruct(out: Evaluation, name: str, arm, x_ND: Tensor, doc_N: Tensor) -> Tensor:
     "An arm's reconstruction; of a dictionary's codes the use of features is noted."
     if not isinstance(arm, Dictionary): return arm(x_ND)
-    codes = arm.encode(x_ND.to(arm.W_dec.device))
+    whole, n = arm.encode(x_ND.to(arm.W_dec.device)), arm.n_features - arm.n_carriers
+    codes = own_codes(whole, arm)
     v_Bk = codes.values_Bk
-    out.tally.add_firings(doc_N, f"{name}.fired", codes, arm.n_features)
+    out.tally.add_firings(doc_N, f"{name}.fired", codes, n)
     out.tally.add(doc_N, **{f"{name}.l0": (v_Bk > 0).sum(1), f"{name}.top10": v_Bk[:, :10].sum(1) / v_Bk.sum(1).clamp_min(1e-30)})
-    mass_F = torch.bincount(codes.indices_Bk.flatten(), v_Bk.flatten().double(), arm.n_features).cpu()
+    mass_F = torch.bincount(codes.indices_Bk.flatten(), v_Bk.flatten().double(), n).cpu()
     out.mass[name] = out.mass.get(name, 0) + mass_F
-    return arm.decode(codes).to(x_ND)
+    return arm.decode(whole).to(x_ND)
+
+def own_codes(codes: Codes, d: Dictionary) -> Codes:
+    "Codes without the entries that only carry a vector's norm and mean, where a dictionary has such."
+    if not d.n_carriers: return codes
+    own_Bk = codes.indices_Bk < d.n_features - d.n_carriers
+    values_Bk, order = (codes.values_Bk * own_Bk).sort(dim=1, descending=True, stable=True)
+    return Codes(values_Bk, (codes.indices_Bk * own_Bk).gather(1, order))
 
 def _tally_losses(tally, lm, h_BTD, keep_BT, score_BT, tokens_BT, doc_BT, hats, layer) -> None:
     "Losses of the clean model and of every arm at the scored positions."
@@ -253,14 +261,15 @@ def dead_share(fired_RF: np.ndarray) -> np.ndarray:
 def jackknife(
     statistic: Callable[[np.ndarray], np.ndarray],  # of (R, F) counts, row by row
     by_doc_DF,       # (D, F) counts of each document
+    most: float = float("inf"),  # what the statistic cannot exceed: 1 for shares
     z: float = 1.96,
 ) -> Estimate:
-    "A statistic of summed counts that are not negative, with the interval from leaving out one document at a time."
+    "A statistic of summed counts that is not negative, with the interval from leaving out one document at a time."
     by_doc_DF = np.asarray(by_doc_DF)
     n, total_F, step = len(by_doc_DF), by_doc_DF.sum(0), max(1, 2**24 // by_doc_DF.shape[1])
     without_D = np.concatenate([statistic(total_F - by_doc_DF[i:i + step]) for i in range(0, n, step)])
     value, se = float(statistic(total_F[None])[0]), float(np.sqrt((n - 1) / n * np.square(without_D - without_D.mean()).sum()))
-    return Estimate(value, max(0., value - z * se), value + z * se, n)
+    return Estimate(value, max(0., value - z * se), min(most, value + z * se), n)
 
 # %% ../../nbs/14_quality.ipynb #4315b477
 @torch.no_grad()
@@ -328,7 +337,7 @@ def quality(
         if f"{a}.l0" not in t: continue
         at, fired_DF = "" if a == main else f".{a}", seen.tally.sums[f"{a}.fired"]
         put(f"l0{at}", t[f"{a}.l0"] / t["n"])
-        out |= {f"dead{at}": jackknife(dead_share, fired_DF), f"entropy{at}": jackknife(usage_entropy, fired_DF)}
+        out |= {f"dead{at}": jackknife(dead_share, fired_DF, 1), f"entropy{at}": jackknife(usage_entropy, fired_DF)}
     if "scored" in t: out |= {k: estimate(v, n) for k, v in _prediction(t, main, others).items()}
     return out
 

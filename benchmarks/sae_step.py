@@ -35,7 +35,7 @@ def ours(d, f, k, batch, device, kind="topk"):
     from neurocodec.sae.train import TrainConfig, Trainer
     store = write_store(tempfile.mkdtemp(), rows(d, 4 * batch), dtype="float32")
     trainer = Trainer(store, DictionaryConfig(kind, d, f, k), TrainConfig(n_tokens=10_000 * batch, batch=batch, device=device))
-    batches = (rows(d, 4 * batch) / store.scale).to(trainer.device).split(batch)
+    batches = rows(d, 4 * batch).to(trainer.device).split(batch)
     return lambda i: trainer.advance(batches[i % 4])
 
 
@@ -58,7 +58,7 @@ def saelens(d, f, k, batch, device, sparse=False):
     from sae_lens.training.sae_trainer import SAETrainer
     torch.manual_seed(0)
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d, d_sae=f, k=k, device=device, dtype="float32", use_sparse_activations=sparse))
-    config = SAETrainerConfig(total_training_samples=10_000 * batch, train_batch_size_samples=batch, device=device)
+    config = SAETrainerConfig(total_training_samples=10_000 * batch, train_batch_size_samples=batch, lr_end=3e-4, device=device)
     batches = rows(d, 4 * batch).to(device).split(batch)
     trainer = SAETrainer(config, sae, data_provider=iter(()))
 
@@ -88,7 +88,7 @@ def sparsify(d, f, k, batch, device):
         sae.remove_gradient_parallel_to_decoder_directions()
         optimizer.step(); optimizer.zero_grad()
         since.add_(batch); since[fired] = 0
-        return float(out.fvu)
+        return float(out.fvu.detach())
     return step
 
 
@@ -153,14 +153,19 @@ class Worker:
     def __init__(self, name, python, size, batch, device, threads):
         env = os.environ | {"OMP_NUM_THREADS": str(threads), "NEUROCODEC_QUIET": "1"}
         argv = [python, __file__, "--worker", name, *map(str, size), str(batch), device]
-        self.process = subprocess.Popen(argv, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self.errors = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(argv, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True)
 
     def steps(self, n):
-        self.process.stdin.write(f"{n}\n"); self.process.stdin.flush()
+        try: self.process.stdin.write(f"{n}\n"); self.process.stdin.flush()
+        except BrokenPipeError: return None
         while (line := self.process.stdout.readline()) and not line.startswith('{"ms"'): pass
         return json.loads(line) if line else None
 
-    def close(self): self.process.kill(); self.process.wait()
+    def close(self):
+        self.process.kill(); self.process.wait()
+        self.errors.seek(0)
+        return (self.errors.read().strip().splitlines() or ["no message"])[-1]
 
 
 def race(size, batch, device, threads, peers, rounds, names=CONTENDERS):
@@ -169,7 +174,7 @@ def race(size, batch, device, threads, peers, rounds, names=CONTENDERS):
     workers = {n: Worker(n, p, size, batch, device, threads) for n, p in pythons.items() if p}
     times, out = {n: [] for n in workers}, {}
     for n, w in list(workers.items()):
-        if w.steps(2) is None: print(f"  {n} does not run here"); workers.pop(n).close()
+        if w.steps(2) is None: print(f"  {n} does not run here: {workers.pop(n).close()}")
     for _ in range(rounds):
         for n, w in workers.items(): times[n] += (last := w.steps(2 if n.startswith("SAELens") or n == "dense" else 4))["ms"]; out[n] = last["mb"]
     for w in workers.values(): w.close()
@@ -178,20 +183,25 @@ def race(size, batch, device, threads, peers, rounds, names=CONTENDERS):
 
 # ---------------------------------------------------------------- our own step, looked at closely
 
-PARTS = {"encoder product": ("preactivations",), "selection": ("topk",), "decode, and gradients of activations": ("decode_at", "dots"), "gradients of both matrices": ("sum_by_feature", "by_feature", "grads"),
-         "optimiser": ("step",)}
+PARTS = {  # functions that do not call each other
+    "encoder's product": ("preactivations",), "selection": ("topk",), "decoding and gradients, sparse": ("bag", "dots"), "sorting by feature": ("by_feature",),
+    "Adam": ("adam.py:step",), "unit decoder rows, parallel gradient": ("normalize_decoder", "remove_parallel_gradient")}
 
 
 def breakdown(size, batch, steps=10):
-    "Milliseconds a step in each function of chapters 10 and 11, from a deterministic profile; own time of a function and of what it calls in torch."
+    "Milliseconds a step in each part, from a deterministic profile; the last part is the rest."
     step = ours(*size, batch, "cpu")
     for i in range(3): step(i)
     profile = cProfile.Profile()
+    start = time.perf_counter()
     profile.enable()
     for i in range(steps): step(i)
     profile.disable()
-    return {f"{Path(file).name}:{name}": 1e3 * total / steps for (file, _, name), (_, _, _, total, _) in pstats.Stats(profile).stats.items()
-            if "neurocodec" in file or name in ("step", "clip_grad_norm_")}
+    whole, spent = 1e3 * (time.perf_counter() - start) / steps, dict.fromkeys(PARTS, 0.)
+    for (file, _, name), (_, _, _, total, _) in pstats.Stats(profile).stats.items():
+        for part, functions in PARTS.items():
+            if name in functions and "neurocodec" in file or f"{Path(file).name}:{name}" in functions: spent[part] += 1e3 * total / steps
+    return spent | {"losses, statistics and the rest": whole - sum(spent.values())}
 
 
 def scaling(device, threads, quick):

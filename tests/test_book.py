@@ -146,11 +146,20 @@ def test_text_from_corpus_and_model_stays_text(book):
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.sampled_from(["<", ">", "</", "/>", "script", "svg", "style", "img", " src=", " onload=", " href=", "'", '"', "javascript:", "java\tscript:",
-                                 "//evil.org", "x", " ", "\n", "&#106;", "<!--", "-->", "<![CDATA[", "math", "title", "table", "td", "url(", "=", ";", "`"]), max_size=30).map("".join))
+                                 "//evil.org", "/", "\\", "evil.org", "x", " ", "\n", "\t", "&#47;", "&bsol;", "&#106;", "<!--", "-->", "<![CDATA[", "math", "title", "table", "td", "url(", "=", ";", "`"]), max_size=30).map("".join))
 def test_no_html_gets_past_the_filter(html):
     page = Elements(press.safe_html(html))
     assert {t for t, _ in page.tags} <= press.TAGS
-    assert acting(page.tags) == [] and not any(re.match(r"\s*(https?:)?//", v or "") for _, a in page.tags for v in a.values())
+    as_read = lambda v: re.sub(r"[\x00-\x20]", "", v or "").replace("\\", "/")  # what a browser makes of an address
+    assert acting(page.tags) == [] and not any(re.match(r"(https?:)?//", as_read(v)) for _, a in page.tags for v in a.values())
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.sampled_from(["/", "\\", ".", "evil.org", "https:", "javascript:", " ", "\t", "\n", "&#47;", "&sol;", "&bsol;", "&Tab;", "&#58;", "x"]), max_size=8).map("".join))
+def test_no_link_leaves_the_book(address):
+    for _, a in Elements(press.safe_html(f'<a href="{address}">x</a>')).tags:
+        as_read = re.sub(r"[\x00-\x20]", "", a.get("href") or "").replace("\\", "/")  # what a browser makes of an address
+        assert not re.match(r"[\w+.-]+:|//", as_read), address
 
 
 def test_nothing_is_loaded_from_outside(book):

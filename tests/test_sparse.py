@@ -51,7 +51,7 @@ def test_topk_of_everything_and_by_size():
 
 @pytest.mark.parametrize("f,k", [(4096, 4096), (4096, 1), (5000, 7), (4099, 64), (1, 1)])
 def test_group_size_always_divides_and_leaves_enough_groups(f, k):
-    g = group_size(f, k, floor=0)
+    g = group_size(f, k)
     assert f % g == 0 and f // g >= k
 
 @quick

@@ -130,7 +130,7 @@ def test_dead_features_come_back(store, kind, revive):
     for how in ("none", revive):
         t, stream = Trainer(store, replace(SMALL, kind=kind, sparsity=.1), replace(HOW, revive=how)), store.batches(HOW.batch)
         with torch.no_grad(): t.dictionary.b_enc[:64] = -5
-        while t.step < HOW.n_steps: t.advance(next(stream) / store.scale)
+        while t.step < HOW.n_steps: t.advance(next(stream))
         alive[how] = 1 - t.dictionary.dead_F[:64].float().mean().item()
     assert alive["none"] < .1 and alive[revive] > .5, alive
 

@@ -51,6 +51,8 @@ class DictionaryConfig:
     "`mean` averages the squared error over dimensions, `sum` adds it up as dictionary_learning does, to repeat its recipes."
     center: str = "mean"
     "Where b_dec starts: the sample's `mean`, its geometric `median`, or `zero`."
+    scaled_start: bool = True
+    "Whether the encoder starts at the length that gives reconstructions the sample's energy, or at the decoder's own."
 
     @property
     def typical(self) -> float:
@@ -442,7 +444,7 @@ def create_dictionary(
     x_BD = x_BD[:max(256, 2**22 // config.n_features)]
     d._begin(preactivations(x_BD, d.W_enc, d.b_enc, d.b_dec))
     made, want = (steady_sum((y - d.b_dec).square()) for y in (d(x_BD), x_BD))
-    if made > 0 and want > 0:
+    if config.scaled_start and made > 0 and want > 0:
         for p in (d.W_enc, *d._units()): p.mul_((want / made).sqrt())
     return d.to(device)
 

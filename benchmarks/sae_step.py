@@ -141,6 +141,7 @@ def work(name, d, f, k, batch, device):
     step, done = CONTENDERS[name][0](d, f, k, batch, device), 0
     for line in sys.stdin:
         times = []
+        step(done)  # a turn's first step fetches back what the machine took away while the others had theirs
         for _ in range(int(line)):
             sync(device); start = time.perf_counter()
             step(done); done += 1
@@ -152,7 +153,7 @@ def work(name, d, f, k, batch, device):
 class Worker:
     def __init__(self, name, python, size, batch, device, threads):
         env = os.environ | {"OMP_NUM_THREADS": str(threads), "NEUROCODEC_QUIET": "1"}
-        argv = [python, __file__, "--worker", name, *map(str, size), str(batch), device]
+        argv = [python, str(HERE / "sae_step.py"), "--worker", name, *map(str, size), str(batch), device]
         self.errors = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(argv, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True)
 

@@ -110,12 +110,30 @@ def spoil(path):
     ("layers: [0]\nmodel: nano\nchapters: {13_train: {kk: 3}}", "unknown key 'kk'; valid keys are"),
     ("layers: [0]\nmodel: nano\nchapters: {13_train: {k: many}}", "expected int"),
     ("layers: [9]\nmodel: nano", "9 is out of range; nano has blocks 0 to 5"),
+    ("run: ..\nlayers: [1]", "letters, digits"),
+    ("layers: [1, 1]", "every block once"),
+    ("layers: [1]\nseed: -1", "greater than or equal to 0"),
+    ("layers: [1]\nskip: [14_qualty]", "no chapter '14_qualty'"),
 ])
 def test_bad_parameters_are_one_line(text, says, tmp_path):
     (tmp_path / "p.yaml").write_text(text)
     done = run("p.yaml", results=tmp_path / "r")
     assert done.returncode == 2 and says in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert not (tmp_path / "r" / "p").exists()
+
+
+@pytest.mark.parametrize("options", [("02_text", "-p", "foo"), ("02_text", "-p", "nope=1"), ("13_train", "--params", "params/nano.yaml")])
+def test_bad_options_of_a_node_are_one_line(options):
+    done = subprocess.run([sys.executable, "-m", "neurocodec.core.engine", *options], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_a_corpus_of_few_documents_is_one_line(foreign, tmp_path):
+    few = tmp_path / "few.jsonl"
+    few.write_text("\n".join((foreign / "texts.jsonl").read_text().splitlines()[:20]))
+    (tmp_path / "p.yaml").write_text(f"model: {foreign / 'model'}\nlayers: [1]\ncorpus: file:{few}\n")
+    done = run("p.yaml", "--until", "text", results=tmp_path / "r")
+    assert done.returncode == 2 and "documents are too few" in done.stdout and not (tmp_path / "r" / "p" / "02_text").exists(), done.stdout
 
 
 def test_a_corrupted_model_is_one_line(foreign, tmp_path):

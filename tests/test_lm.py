@@ -211,3 +211,7 @@ def test_encoders_are_read_and_nothing_else(tmp_path):
     assert torch.allclose(lm.residual(x, 2), plain.eval()(x).last_hidden_state, atol=1e-5)
     for action in (lambda: lm.logits(x), lambda: lm.from_layer(lm.residual(x, 0), 0), lambda: lm.generate(x), lambda: lm.unembed(torch.zeros(1, 32))):
         with pytest.raises(UserError, match="encoder"): action()
+
+
+def test_text_begins_as_the_model_was_taught(saved):
+    assert LM.load("nano").encode(["a"])[0][0, 0] == 0 and LM.load(str(saved)).opening is None

@@ -332,7 +332,7 @@ def compose(results: Path, nbs: Path, book: Path) -> list[Page]:
     chapters = chapter_pages(nbs, runs)
     known, places = {p.path.split("/")[-1].removesuffix(".ipynb") for p in chapters}, filled(runs, book)
     def _written(name, title, part): return Page(name, title, part, 0, relink(fill(name, (book / name).read_text(encoding="utf8"), places), "", known))
-    records = [_written(*r, "Records") for r in (("criteria.md", "Success criteria"), ("log.md", "Experiment log"), ("departures.md", "Departures from the brief"))]
+    records = [_written(*r, "Records") for r in (("criteria.md", "Success criteria"), ("log.md", "Experiment log"), ("speed.md", "Speed"), ("departures.md", "Departures from the brief"))]
     executed = [p for run, es in runs.items() for p in run_pages(run, es, Path(results) / run, known)]
     return [_written("intro.md", "", ""), *chapters, *executed, *records]
 

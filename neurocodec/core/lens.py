@@ -20,7 +20,7 @@ from scipy.sparse import coo_array
 from torch import Tensor
 
 from .lm import LM, Intervention
-from .run import Estimate, Folder, Tracker, UserError, atomic, progress
+from .run import Estimate, Folder, Tracker, UserError, atomic, progress, resolve
 from .text import document_bootstrap, sum_by_doc
 
 # %% ../../nbs/05_lens.ipynb #b425cac6
@@ -32,6 +32,7 @@ class Lens(NamedTuple):
     def map(self, h: Tensor, layer: int) -> Tensor:
         "Residual vectors (..., D) after block `layer` (-1: embedding) as the last block might have left them."
         if layer == len(self.A_LDD) - 1: return h
+        if not -1 <= layer < len(self.A_LDD): raise UserError(f"no lens for layer {layer}; there are -1 (embedding) to {len(self.A_LDD) - 1}")
         A, b = self.A_LDD[layer + 1].to(h), self.b_LD[layer + 1].to(h)
         return h + h @ A.T + b
 
@@ -315,7 +316,7 @@ def unembed_hash(lm: LM) -> str:
 
 def save_tuned_lens(lens: Lens, lm: LM, folder: str | Path) -> Path:
     "Write a lens as the tuned-lens package does: config.json and params.pt."
-    folder = Path(folder).expanduser()
+    folder = resolve(folder)
     state = {k: v.clone() for l, (A, b) in enumerate(zip(*lens)) for k, v in ((f"{l}.weight", A), (f"{l}.bias", b))}
     with atomic(folder / "params.pt") as tmp: torch.save(state, tmp)
     config = {"base_model_name_or_path": lm.name, "d_model": lm.d_model, "num_hidden_layers": lm.n_layers, "bias": True,
@@ -325,7 +326,7 @@ def save_tuned_lens(lens: Lens, lm: LM, folder: str | Path) -> Path:
 
 def load_tuned_lens(folder: str | Path, lm: LM) -> Lens:
     "Read a folder of the tuned-lens package; a lens of another shape of model is a UserError."
-    folder = Path(folder).expanduser()
+    folder = resolve(folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf8"))
         state = torch.load(folder / "params.pt", map_location="cpu", weights_only=True)

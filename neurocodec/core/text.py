@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_CHARS', 'SPLITS', 'Document', 'docstrings', 'read_docs', 'read_files', 'read_hub', 'unique', 'load_corpus',
-           'split_of', 'seen_by_nano', 'Packed', 'pack', 'next_token_mask', 'pack_splits', 'check_splits',
+           'split_of', 'seen_by_nano', 'Packed', 'pack', 'pad', 'next_token_mask', 'pack_splits', 'check_splits',
            'write_packed', 'read_packed', 'document_bootstrap', 'sum_by_doc']
 
 # %% ../../nbs/02_text.ipynb #996fdb01
@@ -214,6 +214,22 @@ def pack(
     shape = (len(tokens), context)
     return torch.tensor(tokens, dtype=torch.int64).reshape(shape), torch.tensor(owner, dtype=torch.int32).reshape(shape)
 
+# %% ../../nbs/02_text.ipynb #f1676c8c
+def pad(
+    ids: list[list[int]],  # token ids of each document
+    context: int,          # T
+    fill: int | None,      # token that stands where nothing is
+    doc_ids: Iterable[int] | None = None,  # document numbers, 0.. unless given
+) -> tuple[Tensor, Tensor]:
+    "(tokens_NT, doc_NT): one document a context, its first T tokens; empty documents are left out."
+    tokens_NT = torch.full((len(ids), context), fill or 0)
+    doc_NT = torch.full((len(ids), context), -1, dtype=torch.int32)
+    for row, (doc, x) in enumerate(zip(range(len(ids)) if doc_ids is None else doc_ids, ids)):
+        n = min(len(x), context)
+        tokens_NT[row, :n], doc_NT[row, :n] = torch.tensor(x[:n], dtype=torch.int64), doc
+    some_N = (doc_NT[:, 0] >= 0) if context else torch.zeros(len(ids), dtype=torch.bool)
+    return tokens_NT[some_N], doc_NT[some_N]
+
 # %% ../../nbs/02_text.ipynb #c944f0e6
 def next_token_mask(
     packed: Packed,  # contexts
@@ -230,6 +246,7 @@ def pack_splits(
     seed: int = 0,        # decides the order of documents
     ood: Iterable[str] = (),  # held-out domains
     split_seed: int = 0,  # decides splits
+    packing: bool = True, # documents one after the other; False: each a context of its own
 ) -> dict[str, Packed]:
     "Every split of a corpus as contexts; document numbers run over the whole corpus."
     # models without a beginning-of-text token (Qwen) open with the one that ends texts
@@ -245,7 +262,7 @@ def pack_splits(
             ids += tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
         table = pd.DataFrame([(docs[i].domain, docs[i].path, docs[i].digest) for i in chosen],
                              columns=["domain", "path", "digest"], index=pd.Index(chosen, name="doc"))
-        out[name] = Packed(*pack(ids, context, bos, chosen), table)
+        out[name] = Packed(*(pack(ids, context, bos, chosen) if packing else pad(ids, context, bos, chosen)), table)
     return out
 
 def check_splits(splits: dict[str, Packed], least: int = 4) -> None:

@@ -244,7 +244,7 @@ def test_in_a_browser(book, phone, dark):
             assert until(driver, "document.readyState == 'complete'")
             if phone: assert driver.execute_script("return document.documentElement.scrollWidth") <= 391, page
         driver.get(f"file://{index.parent}/intro.html")
-        seen = driver.execute_script("return [...document.querySelectorAll('.nc-picture svg')].filter(s => s.getBoundingClientRect().height > 0).length")
+        seen = until(driver, "[...document.querySelectorAll('.nc-picture svg')].filter(s => s.getBoundingClientRect().height > 0).length")
         size = driver.execute_script("""const s = [...document.querySelectorAll('.nc-picture svg')].find(s => s.getBoundingClientRect().height > 0);
             return Math.min(...[...s.querySelectorAll('text')].map(t => t.getBoundingClientRect().height))""")
         assert seen == 1 and size >= 11

@@ -106,7 +106,9 @@ class _Sparse:
     def decode(self, acts, W_dec_FD, b_dec_D): return decode_at(acts, self.support, W_dec_FD, b_dec_D)
     def fired(self, acts):
         fired_F = torch.zeros(self.support.n_features, dtype=torch.bool, device=acts.device)
-        fired_F[self.support.features_n[acts > 0]] = True
+        on_n = self.support.features_n[acts > 0]
+        if acts.is_cuda: fired_F[on_n] = True
+        else: fired_F.numpy()[on_n.numpy()] = True  # four times as fast
         return fired_F
 
 class _Dense:
@@ -183,7 +185,7 @@ def loss(
     with torch.no_grad():
         pre_BF = preactivations(x_BD, self.W_enc, self.b_enc, self.b_dec)
         s, chosen = self._support(pre_BF, True), self._select_aux(pre_BF)
-        pre_n = None if s is None else pre_BF.flatten()[s.flat_n]
+        pre_n = None if s is None else s.take(pre_BF)
     view = _Dense(self, x_BD) if s is None else _Sparse(self, x_BD, s, pre_n)
     acts, sparsity = self._activate(view)
     error_BD = view.decode(acts, self.W_dec, self.b_dec) - x_BD
@@ -212,7 +214,7 @@ def _infer(self: Dictionary, x_BD: Tensor) -> _Sparse:
     with torch.no_grad():
         pre_BF = preactivations(x_BD, self.W_enc, self.b_enc, self.b_dec)
         s = self._support(pre_BF, False)
-        pre_n = pre_BF.flatten()[s.flat_n]
+        pre_n = s.take(pre_BF)
     return _Sparse(self, x_BD, s, pre_n)
 
 @patch
@@ -333,7 +335,7 @@ class JumpReLU(Dictionary):
 
     def _begin(self, pre_BF):
         s = batch_topk(pre_BF, min(4 * self.config.k, max(self.config.k, self.n_features // 10)))
-        if len(s.features_n): self.threshold_F.fill_(pre_BF.flatten()[s.flat_n].min())
+        if len(s.features_n): self.threshold_F.fill_(s.take(pre_BF).min())
 
     def _restart(self, dead, alive_F):
         super()._restart(dead, alive_F)

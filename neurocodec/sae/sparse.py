@@ -41,14 +41,15 @@ class ByFeature(NamedTuple):
 class Support:
     "Where a (B, F) matrix is nonzero: n features, row after row, in the layout of a CSR matrix."
 
-    def __init__(self, features_n: Tensor, offsets_B1: Tensor, n_features: int):
+    def __init__(self, features_n: Tensor, offsets_B1: Tensor, n_features: int, width: int = 0):
         self.features_n, self.offsets_B1, self.n_features = features_n, offsets_B1, n_features
+        self.width = width  # of every row, 0 where rows differ
 
     @classmethod
     def rectangle(cls, indices_Bk: Tensor, n_features: int) -> "Support":
         "A support with k features in every row."
         b, width = indices_Bk.shape
-        return cls(indices_Bk.flatten(), torch.arange(b + 1, device=indices_Bk.device) * width, n_features)
+        return cls(indices_Bk.flatten(), torch.arange(b + 1, device=indices_Bk.device) * width, n_features, width)
 
     @cached_property
     def rows_n(self) -> Tensor:
@@ -60,6 +61,11 @@ class Support:
     def flat_n(self) -> Tensor:
         "(n,) positions in the flattened (B, F) matrix."
         return self.rows_n * self.n_features + self.features_n
+
+    def take(self, x_BF: Tensor) -> Tensor:
+        "(n,) the entries of a (B, F) matrix."
+        if self.width: return x_BF.gather(1, self.features_n.view(-1, self.width)).flatten()  # row by row: several times as fast
+        return x_BF.flatten()[self.flat_n]
 
     @cached_property
     def by_feature(self) -> ByFeature:

@@ -2,13 +2,14 @@
 .DEFAULT_GOAL := help
 .PHONY: help setup book test run bench lab clean
 PARAMS ?= params/nano.yaml
+DEVICE ?= cpu
 BIN := .venv/bin
 
 help:
 	@echo "make book   set up, run $(PARAMS), build the book: build/book/_build/html/index.html"
 	@echo "make test   set up, run every test"
 	@echo "make run    set up, run PARAMS=$(PARAMS), or what is left of it"
-	@echo "make bench  set up, measure speed on this machine against reference implementations"
+	@echo "make bench  set up, measure speed on this machine against other trainers; DEVICE=cuda on a GPU"
 	@echo "make lab    set up, open JupyterLab on the chapters"
 	@echo "make clean  remove what was built and the local run (not .venv, not results/nano-full)"
 
@@ -32,8 +33,18 @@ test: setup
 	@$(BIN)/ruff check neurocodec tests setup.py
 	@$(BIN)/python -m pytest
 
-bench: setup
-	@$(BIN)/python benchmarks/sae_step.py
+# other trainers pin other versions than we do: an environment of their own
+.venv-bench/.ready:
+	@echo "setting up .venv-bench (sae-lens, sparsify)"
+	@python3 -m venv .venv-bench
+	@.venv-bench/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 sae-lens==6.54.12 eai-sparsify==1.3.3
+	@touch $@
+
+bench: setup .venv-bench/.ready
+	@$(BIN)/python benchmarks/interop.py --peers .venv-bench/bin/python
+	@$(BIN)/python benchmarks/sae_step.py --peers .venv-bench/bin/python --device $(DEVICE)
+	@test ! -d results/nano/02_text || $(BIN)/python benchmarks/quality.py --peers .venv-bench/bin/python
+	@$(BIN)/python benchmarks/page.py
 
 lab: setup
 	@$(BIN)/jupyter lab --notebook-dir nbs --ip 127.0.0.1

@@ -488,7 +488,7 @@ def finish(self: Node) -> Path:
     "Write the manifest and put the folder in its place; returns that place."
     hidden = {"resume.json", "timings.json", "manifest.json"}
     files = [p for p in sorted(self.folder.rglob("*")) if p.is_file() and p.name not in hidden
-             and "tensorboard" not in p.parts and not p.name.startswith(".") and p.suffix != ".ipynb"]
+             and "tensorboard" not in p.parts and not any(part.startswith(".") for part in p.relative_to(self.folder).parts) and p.suffix != ".ipynb"]
     write_json(self.folder / "manifest.json", {
         "chapter": self.chapter, "run": self.run, "layer": self.layer, "model": self.params.get("model", ""),
         "params": self.params, "seed": self.seed, "code": self.code, "outside": self.outside, "inputs": self.inputs,

@@ -200,7 +200,7 @@ def what_failed(path: Path) -> str:
 # %% ../../nbs/01_engine.ipynb #16c3a9c7
 def execute(chapter: str, params: dict[str, Any], folder: Path) -> None:
     "Run a chapter's notebook with papermill so that `folder` is complete or as it was; UserError says what failed."
-    import papermill  # heavy, and only the process that executes needs it
+    import nbformat, papermill  # heavy, and only the process that executes needs them
     folder.parent.mkdir(parents=True, exist_ok=True)
     begun = time.time()
     part, failed = folder.parent / f".{chapter}.part.ipynb", folder.parent / f"{chapter}.failed.ipynb"
@@ -209,6 +209,8 @@ def execute(chapter: str, params: dict[str, Any], folder: Path) -> None:
                                           progress_bar=False, log_output=False, start_timeout=180)
         ended = done.metadata.papermill
         if ended.get("exception") or not ended.get("end_time"): raise UserError(f"{chapter}: did not end")
+        ended.update(input_path=f"nbs/{chapter}.ipynb", output_path=f"{chapter}.ipynb")  # results are published: no paths of this machine
+        part.write_text(nbformat.writes(done), encoding="utf8")
     except UserError: raise
     except papermill.exceptions.PapermillExecutionError:
         part.replace(failed)

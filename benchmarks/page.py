@@ -72,7 +72,7 @@ def main():
             "The encoder's product has to be paid: which features are largest cannot be known without all of them.", "",
             "## How it grows", "", "![Milliseconds a step against tokens, features and k](_static/speed.svg)", "",
             "At d = 512, from 1,024 tokens, 8,192 features and k = 32, one of them varied. Dashed: proportional growth.", "",
-            "## The same mathematics", "", "Over {steps} steps of a whole training our loss and that of the dense formula differ by at most {largest_relative_difference:.1e}, relatively.".format(**cpu["loss_curve"]), ""]
+            "## The same mathematics", "", "Over {steps} steps of a whole training our loss and that of the dense formula differ by at most {largest_relative_difference:.1e}, relatively. Both start equal to rounding; where two features are almost tied, rounding decides, and from there the two trainings part.".format(**cpu["loss_curve"]), ""]
     if quality:
         text += [f"Over {len(quality['seeds'])} seeds and {quality['steps']:,} steps on `{quality['run']}`, layer {quality['layer']}, with the same order of the data and the same learning rate:", "",
                  "| seed | EV, ours | EV, SAELens | loss recovered, ours | SAELens | dead, ours | SAELens | seconds, ours | SAELens |", "|---|---|---|---|---|---|---|---|---|"]

@@ -9,6 +9,7 @@ from neurocodec.core.run import COLOURS, GREY, figure_style
 HERE = Path(__file__).resolve().parent
 BOOK = HERE.parent / "book"
 TARGETS = {"SAELens": 6., "sparsify": 2.5}  # at 768 x 7680, CPU
+PRODUCT = 1.5                                # ours over the encoder's product
 
 
 def read(name):
@@ -31,9 +32,18 @@ def verdicts(found):
     "Target, measured and verdict at 768 x 7680."
     at = next(s["contenders"] for s in found["sizes"] if s["size"][:2] == [768, 7680])
     rows = [(f"{name}'s step takes at least {want:g} times ours", at[name]["ms"] / at["ours"]["ms"], want, True) for name, want in TARGETS.items() if name in at]
-    rows.append(("ours takes at most 1.5 times the encoder's product", at["ours"]["ms"] / at["matmul"]["ms"], 1.5, False))
+    rows.append((f"ours takes at most {PRODUCT:g} times the encoder's product", at["ours"]["ms"] / at["matmul"]["ms"], PRODUCT, False))
     lines = ["| target at 768 × 7,680, k = 64, batch 2,048 | measured | verdict |", "|---|---|---|"]
-    return "\n".join(lines + [f"| {what} | {value:.2f} | {'met' if (value >= want) == more else 'missed'} |" for what, value, want, more in rows])
+    return "\n".join(lines + [f"| {what} | {value:.2f} | {'met' if value == want or (value > want) == more else 'missed'} |" for what, value, want, more in rows]
+                     + ["", *([reason(found)] if any(value != want and (value > want) != more for _, value, want, more in rows) else [])])
+
+
+def reason(found):
+    "Why a target is missed, from the parts of a step."
+    parts = found["parts"]
+    total, product = sum(parts.values()), parts["encoder's product"]
+    return (f"What is missed is missed because the encoder's product takes {product / total:.0%} of our step, and it is the same product for everybody: "
+            f"if all the rest cost nothing, the step would take {product:.0f} ms instead of {total:.0f}.")
 
 
 def draw(found, path):
@@ -67,7 +77,8 @@ def main():
     text = ["# Speed", "What one training step of a TopK dictionary costs, beside two widely used trainers on the same machine. `make bench` measures it again on yours; "
             "contenders take turns within one run, so the ratios are worth more than the milliseconds.", "",
             f"{cpu['hardware']}, {cpu['threads']} threads, torch {cpu['torch']}, {cpu['made']}. SAELens 6.54.12 steps through its own `SAETrainer.step`; "
-            "sparsify 1.3.3 through its model with the steps of its trainer, and with a fused Adam that its trainer does not use.", "", verdicts(cpu), "", table(cpu), "",
+            "sparsify 1.3.3 through its model with the steps of its trainer, and with a fused Adam that its trainer does not use."
+            + ("" if "SAELens, sparse" in cpu["sizes"][1]["contenders"] else " SAELens with sparse activations does not run here, because its sparse product has no backward pass on a CPU."), "", verdicts(cpu), "", table(cpu), "",
             "## Where the time goes", "", parts(cpu), "",
             "The encoder's product has to be paid: which features are largest cannot be known without all of them.", "",
             "## How it grows", "", "![Milliseconds a step against tokens, features and k](_static/speed.svg)", "",

@@ -12,7 +12,7 @@ from neurocodec.core.text import load_corpus, pack_splits
 from neurocodec.sae.activations import collect
 from neurocodec.sae.dictionary import DictionaryConfig
 from neurocodec.sae.quality import evaluate, quality, some_contexts
-from neurocodec.sae.train import TrainConfig, follow, train
+from neurocodec.sae.train import TrainConfig, train, with_recipe
 
 TOLERANCE, LAYER, ROWS, TOKENS, BATCH = .005, 3, 100_000, 245_760, 2048
 STORED = Path(__file__).with_name("anchor.json")
@@ -23,7 +23,7 @@ def measure(folder):
     splits = pack_splits(load_corpus("docs", "numpy,scipy,networkx,matplotlib"), load_tokenizer("nano"), 128, ood=["matplotlib"], packing=False)
     store = collect(lm, splits["train"], [LAYER], folder / "store", "float32", ROWS, skip_bos=False)[LAYER]
     width = 8 * store.d
-    what, how = follow("dictionary_learning", DictionaryConfig("topk", store.d, width, 40), TrainConfig(n_tokens=TOKENS, batch=BATCH, lr=2e-4 / (width / 2**14) ** .5))
+    what, how = with_recipe("dictionary_learning", DictionaryConfig("topk", store.d, width, 40), TrainConfig(n_tokens=TOKENS, batch=BATCH, lr=2e-4 / (width / 2**14) ** .5))
     d = train(store, what, how, folder / "sae")
     confirm = some_contexts(lm, splits["confirm"], 8000, skip_bos=False)
     q = quality(evaluate(lm, confirm, LAYER, {"sae": d, "zero": lambda x: 0 * x}, skip_bos=False), 0)

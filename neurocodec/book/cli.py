@@ -10,7 +10,7 @@ import argparse, contextlib, json, os, subprocess, sys, time
 from pathlib import Path
 
 from .log import clock
-from ..core.engine import Job, cost, drop_stale_stamps, is_done, jobs, machine_flops, model_shape
+from ..core.engine import Job, cost, drop_stale_stamps, is_done, jobs, machine_flops, model_shape, pairs
 from ..core.run import RunParams, UserError, end_with_parent, read_params, results, root, short_path
 
 # %% ../../nbs/53_cli.ipynb #216ef40f
@@ -106,22 +106,25 @@ def run_params(
     except OSError as e: raise UserError(f"{short_path(top)}: cannot be written ({os.strerror(e.errno).lower()}); set NEUROCODEC_RESULTS to another place") from None
     drop_stale_stamps(todo)
     for old in (top / ".running").iterdir(): old.unlink()
-    config = [f"params={Path(path).resolve()}", f"overrides={json.dumps(overrides or {})}"]
-    config += ([f"layers={json.dumps(layers)}"] if layers else []) + ([f"until={until}"] if until else [])
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(root() / "Snakefile"), "--directory", str(root())]
-    command += ["--workflow-profile", str(root() / "profiles" / "default")] + (["--profile", profile] if profile else [])
-    command += (["--cores", str(cores)] if cores else []) + ["--config", *config]
     watch = Watch(todo)
     print(f"run {p.run}: {p.model}, layers {', '.join(map(str, layers or p.layers))}; {len(watch.done)} of {len(todo)} nodes are done", flush=True)
     if len(watch.done) == len(todo): return 0
     log = top / ".running" / "snakemake.log"
     with open(log, "w") as out:
-        child = subprocess.Popen(command, stdout=out, stderr=out, cwd=root(), preexec_fn=end_with_parent)
+        child = subprocess.Popen(_snakemake(path, layers, until, overrides, cores, profile), stdout=out, stderr=out, cwd=root(), preexec_fn=end_with_parent)
         while child.poll() is None:
             watch.look()
             time.sleep(.5)
     watch.look()
     return _closing(watch, child.returncode, log)
+
+def _snakemake(path: str, layers, until: str, overrides, cores, profile: str) -> list[str]:
+    "The scheduler's command line."
+    config = [f"params={Path(path).resolve()}", f"overrides={json.dumps(overrides or {})}"]
+    config += ([f"layers={json.dumps(layers)}"] if layers else []) + ([f"until={until}"] if until else [])
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(root() / "Snakefile"), "--directory", str(root())]
+    command += ["--workflow-profile", str(root() / "profiles" / "default")] + (["--profile", profile] if profile else [])
+    return command + (["--cores", str(cores)] if cores else []) + ["--config", *config]
 
 def _check_layers(p: RunParams) -> None:
     n = model_shape(p.model).layers
@@ -163,17 +166,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_parser("chapters", help="list the chapters and their knobs")
     return top
 
-def _pairs(options: list[str]) -> dict[str, str]:
-    "`k=v` options as a dict."
-    for o in options:
-        if "=" not in o: raise UserError(f"-p {o}: expected KNOB=VALUE, such as -p k=32")
-    return dict(o.split("=", 1) for o in options)
-
 def main(argv: list[str] | None = None) -> int:
     "Entry point of `neurocodec`; exit code 2 after a mistake that the message says how to mend."
     a = parser().parse_args(argv)
     try:
-        if a.command == "run": return run_params(a.params, a.layer, a.until, _pairs(a.p), a.cores, a.dry_run, a.profile)
+        if a.command == "run": return run_params(a.params, a.layer, a.until, pairs(a.p), a.cores, a.dry_run, a.profile)
         if a.command == "book": return _book(a.out)
         if a.command == "convert": return _convert(a.src, a.dst, a.to, a.kind, a.scale)
         return _chapters()

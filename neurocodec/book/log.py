@@ -171,7 +171,7 @@ CRITERIA = SAE + DECODER + CODEC + RESONANCE
 
 # %% ../../nbs/51_log.ipynb #e39999ac
 HEADLINES = {  # chapter → its findings, where no criterion names them
-    "04_nano": ("loss",), "10_sparse": ("step_ratio", "gradient_difference"), "11_dictionary": ("mcc",), "13_train": ("ev", "dead", "tokens"),
+    "04_nano": ("loss",), "10_sparse": ("gradient_difference",), "11_dictionary": ("mcc",), "13_train": ("ev", "dead", "tokens"),
     "16_layers": ("chosen_layer", "proxy"), "51_log": ("met", "met_not_shown", "missed")}
 
 def headline(e: Entry, most: int = 4) -> dict[str, float]:

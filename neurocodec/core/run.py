@@ -245,14 +245,16 @@ def docs_versions() -> str:
     return " ".join(f"{name}={version(name)}" for name in DOMAINS)
 
 def outside_digest(params: dict[str, Any]) -> str:
-    "16 hex digits over the local model and corpus that parameters name; names of hub models count as themselves."
+    "16 hex digits over the local model, corpus and dictionaries that parameters name; names on a hub count as themselves."
     model, corpus = str(params.get("model", "nano")).removeprefix("random:"), str(params.get("corpus", ""))
+    places = [data_folder() if model == "nano" else resolve(model)] + ([resolve(corpus.removeprefix("file:"))] if corpus.startswith("file:") else [])
+    for word in str(params.get("pretrained", "")).split():  # sources of dictionaries, perhaps with a layer before each
+        place = resolve(re.sub(r"^\d+=", "", word).replace("{layer}", str(params.get("layer"))))
+        places += [place, *place.parent.glob("*.json")] if place.is_file() else [place]
     files = []
-    for place in (data_folder() if model == "nano" else resolve(model),
-                  resolve(corpus.removeprefix("file:")) if corpus.startswith("file:") else None):
-        if place is None: continue
+    for place in places:
         if place.is_file(): files.append(place)
-        elif place.is_dir(): files += sorted(p for p in place.rglob("*") if p.suffix in (".json", ".safetensors", ".model", ".txt", ".md", ".jsonl"))
+        elif place.is_dir(): files += sorted(p for p in place.rglob("*") if p.suffix in (".json", ".safetensors", ".model", ".npz", ".pt", ".txt", ".md", ".jsonl"))
     text = "".join(f"{p.name}:{digest(p)}" for p in files) + (docs_versions() if corpus == "docs" else "")
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

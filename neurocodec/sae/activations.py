@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CURSOR', 'DTYPES', 'opening_token', 'kept_tokens', 'Rows', 'choose_rows', 'LayerFile', 'Order', 'Store', 'write_meta',
-           'write_store', 'Plan', 'plan_collection', 'collect']
+           'write_store', 'read_layers', 'Plan', 'plan_collection', 'collect']
 
 # %% ../../nbs/12_activations.ipynb #c868b3ff
 import hashlib, json, math, os, time
@@ -202,6 +202,13 @@ def write_store(
 
 def _save_rows(folder: Path, rows: Rows) -> None:
     with atomic(Path(folder)/"rows.safetensors") as part: save_file({k: v.contiguous() for k, v in rows._asdict().items()}, part)
+
+# %% ../../nbs/12_activations.ipynb #65c05159
+def read_layers(text: str) -> list[int]:
+    "The blocks of a comma list, ascending, each once."
+    parts = [p.strip() for p in text.split(",")]
+    if not all(p.isdecimal() for p in parts): raise UserError(f"layers: {text!r} is not a comma list of block numbers, such as 2,4")
+    return sorted({int(p) for p in parts})
 
 # %% ../../nbs/12_activations.ipynb #efe76f20
 class Plan(NamedTuple):

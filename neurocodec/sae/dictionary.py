@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'TENSORS', 'ABOUT', 'DictionaryConfig', 'Loss', 'Dictionary'
 
 # %% ../../nbs/11_dictionary.ipynb #6a84cd7f
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..core.run import Folder, UserError, atomic, read_tensors, short_path, write_json
+from ..core.run import Folder, UserError, atomic, read_tensors, resolve, short_path, write_json
 from .dictionary import KINDS, Dictionary, DictionaryConfig, load_dictionary, save_dictionary
 from .sparse import Codes
 
@@ -428,7 +428,7 @@ def read_dictionary(
     if isinstance(spec, Folder):
         if "dictionary.json" in spec.manifest["outputs"]: return load_dictionary(spec)
         spec = spec.path("sae_weights.safetensors").parent
-    path = fetch(spec) if str(spec).startswith("hf:") else Path(spec)
+    path = fetch(spec) if str(spec).startswith("hf:") else resolve(spec)
     if path.is_file() and path.name in ("dictionary.json", "dictionary.safetensors"): path = path.parent
     if kind == "neurocodec" or kind == "auto" and (path / "dictionary.json").exists(): return load_dictionary(path)
     name, file = find_format(path, kind)

@@ -7,11 +7,9 @@ alone, and what is compared are medians. A step is what the library's own traine
 constraints, optimiser, bookkeeping. Writes benchmarks/measured/<device>.json, from which `benchmarks/page.py` makes a page of the book.
 """
 import argparse
-import cProfile
 import json
 import os
 import platform
-import pstats
 import resource
 import statistics
 import subprocess
@@ -184,25 +182,42 @@ def race(size, batch, device, threads, peers, rounds, names=CONTENDERS):
 
 # ---------------------------------------------------------------- our own step, looked at closely
 
-PARTS = {  # functions that do not call each other
-    "encoder's product": ("preactivations",), "selection": ("topk",), "decoding and gradients, sparse": ("bag", "dots"), "sorting by feature": ("by_feature",),
-    "Adam": ("adam.py:step",), "unit decoder rows, parallel gradient": ("normalize_decoder", "remove_parallel_gradient")}
+WITHIN = {"encoder's product": ("preactivations", "_rough"), "sorting by feature": ("by_feature",)}  # counted wherever they are called
+PARTS = {"selection": ("largest",), "decoding and gradients, sparse": ("bag", "dots"), "Adam": ("step",),
+         "unit decoder rows, parallel gradient": ("normalize_decoder", "remove_parallel_gradient")}  # with what they call
 
 
 def breakdown(size, batch, steps=10):
-    "Milliseconds a step in each part, from a deterministic profile; the last part is the rest."
+    "Milliseconds a step in each part; the last part is the rest."
+    from neurocodec.sae import dictionary, sparse
+    rest = "losses, statistics and the rest"
+    spent, at, since = {p: 0. for p in [*WITHIN, *PARTS, rest]}, [rest], [0.]
+
+    def switch():
+        now = time.perf_counter()
+        spent[at[-1]] += 1e3 * (now - since[0]) / steps
+        since[0] = now
+
+    def timed(part, function):
+        def inner(*args, **more):
+            if part in PARTS and at[-1] != rest: return function(*args, **more)
+            switch(); at.append(part)
+            try: return function(*args, **more)
+            finally: switch(); at.pop()
+        return inner
+
+    places = (sparse, dictionary, dictionary.Dictionary, torch.optim.Adam)
+    for part, names in (WITHIN | PARTS).items():
+        for place in places:
+            for name in names:
+                if name in vars(place) and (name != "step" or place is torch.optim.Adam): setattr(place, name, timed(part, vars(place)[name]))
+    sparse.Support.by_feature.func = timed("sorting by feature", sparse.Support.by_feature.func)
     step = ours(*size, batch, "cpu")
     for i in range(3): step(i)
-    profile = cProfile.Profile()
-    start = time.perf_counter()
-    profile.enable()
+    spent.update(dict.fromkeys(spent, 0.)); since[0] = time.perf_counter()
     for i in range(steps): step(i)
-    profile.disable()
-    whole, spent = 1e3 * (time.perf_counter() - start) / steps, dict.fromkeys(PARTS, 0.)
-    for (file, _, name), (_, _, _, total, _) in pstats.Stats(profile).stats.items():
-        for part, functions in PARTS.items():
-            if name in functions and "neurocodec" in file or f"{Path(file).name}:{name}" in functions: spent[part] += 1e3 * total / steps
-    return spent | {"losses, statistics and the rest": whole - sum(spent.values())}
+    switch()
+    return spent
 
 
 def scaling(device, threads, quick):

@@ -7,8 +7,8 @@ from torch.utils._pytree import tree_leaves
 
 from neurocodec.core.run import UserError
 from neurocodec.sae import sparse
-from neurocodec.sae.sparse import (Codes, Support, batch_topk, decode, decode_at, dots, encode, encode_at, from_codes, group_size,
-                                   preactivations, spread, steady_sum, support_where, to_codes, topk)
+from neurocodec.sae.sparse import (HALF, Codes, Support, batch_topk, decode, decode_at, dots, encode, encode_at, from_codes, group_size,
+                                   largest, preactivations, spread, steady_sum, support_where, to_codes, topk)
 
 quick = settings(max_examples=60, deadline=None)
 
@@ -27,6 +27,48 @@ def dense_autoencoder(x, W_enc, b_enc, b_dec, W_dec, k):
     pre = (x - b_dec) @ W_enc.T + b_enc
     best = pre.topk(k)
     return torch.zeros_like(pre).scatter(1, best.indices, best.values.relu()) @ W_dec + b_dec
+
+
+# --- looking in half the precision ---------------------------------------------------------------------------------------
+
+@quick
+@given(st.integers(1, 150), st.integers(2, 40), st.integers(4, 12), st.integers(1, 8), st.booleans(), st.sampled_from([None, 2, 30]),
+       st.sampled_from([1., 1e-3, 300.]), st.sampled_from([1., 5.]), st.integers(0, 99))
+def test_what_is_chosen_after_a_rough_look_is_what_an_exact_product_chooses(b, d, columns, k, by_batch, values, scale, outlier, seed):
+    f = 16 * columns
+    k = min(k, f // 8)
+    x, W, bias = scale * matrix(b, d, seed, values), matrix(f, d, seed + 1, values), matrix(1, f, seed + 2, values)[0]
+    W[0] *= outlier                                          # one long row loosens the bound for all
+    exact = (x.double() @ W.double().T + bias.double()).relu()
+    s, value_n = largest(x, W, bias, None, k, by_batch, screen=True)
+    best = exact.flatten().topk(k * b).values if by_batch else exact.topk(k).values.flatten().sort(descending=True).values
+    found = value_n.relu().double().sort(descending=True).values
+    assert torch.allclose(found, best[:len(found)], rtol=1e-5, atol=1e-5 * scale * d ** .5) and (best[len(found):] == 0).all()
+    assert torch.allclose(value_n.double(), (x.double() @ W.double().T + bias.double()).flatten()[s.flat_n], rtol=1e-5, atol=1e-5 * scale * d ** .5)
+
+@quick
+@given(st.integers(1, 60), st.integers(1, 90), st.integers(1, 60), st.floats(1e-3, 1e3), st.floats(0, 10), st.integers(0, 99))
+def test_the_bound_on_the_rough_look_holds(b, d, f, scale, bias, seed):
+    x, W, b_enc = scale * matrix(b, d, seed), matrix(f, d, seed + 1), bias * matrix(1, f, seed + 2)[0]
+    rough, slack = sparse._rough(x, W, b_enc)
+    exact = x.double() @ W.double().T + b_enc.double()
+    assert ((exact - rough.double()).abs() <= slack[:, None] + 2 * HALF * rough.double().abs()).all()
+
+def test_a_rough_look_is_taken_and_changes_nothing_but_time(monkeypatch):
+    x, W_enc, b_enc, b_dec, _ = [p.float() for p in parameters(300, 256, 1024, grad=False)]
+    took = []
+    monkeypatch.setattr(sparse, "HAS_BF16", True)
+    monkeypatch.setattr(sparse, "_screened", lambda *a, real=sparse._screened: took.append(real(*a)) or took[-1])
+    s, value_n = largest(x, W_enc, b_enc, b_dec, 16)
+    assert took[0] is not None
+    plain, plain_n = largest(x, W_enc, b_enc, b_dec, 16, screen=False)
+    assert torch.equal(s.features_n, plain.features_n) and torch.allclose(value_n, plain_n, rtol=1e-5, atol=1e-4)
+
+@pytest.mark.parametrize("broken", ["x", "W_enc", "b_enc"])
+def test_a_number_that_is_none_is_not_looked_over(broken):
+    p = dict(zip(("x", "W_enc", "b_enc"), (t.float() for t in parameters(300, 256, 1024, grad=False))))
+    p[broken].flatten()[5] = float("nan")
+    assert sparse._screened(*p.values(), 16, False) is None and sparse._screened(*p.values(), 16, True) is None
 
 
 # --- selection -----------------------------------------------------------------------------------------------------------

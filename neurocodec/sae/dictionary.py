@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..core.run import UserError, atomic, digest, read_tensors, write_json
 from . import sparse
-from .sparse import Codes, Support, batch_topk, decode_at, encode_at, preactivations, spread, steady_sum, support_where, to_codes, topk
+from .sparse import Codes, Support, batch_topk, decode_at, encode_at, largest, preactivations, spread, steady_sum, support_where, to_codes
 
 # %% ../../nbs/11_dictionary.ipynb #8659786e
 KINDS: dict[str, type["Dictionary"]] = {}  # filled below, one class a kind
@@ -143,18 +143,17 @@ class Dictionary(nn.Module):
         "(F,) bool: has not fired for `dead_after` vectors."
         return self.tokens_since_fired_F >= self.config.dead_after
 
-    def _support(self, pre_BF: Tensor, training: bool) -> Support | None:
-        "The entries that the loss (or inference) depends on; None for all of them."
+    def _choose(self, x_BD: Tensor, training: bool) -> tuple[Support | None, Tensor | None]:
+        "The entries that the loss (or inference) depends on, and their pre-activations; None for all of them."
+        pre_BF = preactivations(x_BD, self.W_enc, self.b_enc, self.b_dec)
         mask_BF = self._mask(pre_BF, training)
-        if training and int(torch.count_nonzero(mask_BF)) > mask_BF.numel() // 8: return None
-        return support_where(mask_BF)
+        if training and int(torch.count_nonzero(mask_BF)) > mask_BF.numel() // 8: return None, None
+        s = support_where(mask_BF)
+        return s, s.take(pre_BF)
     def _activate(self, view) -> tuple[Tensor, Tensor]:
         "(activations, sparsity term) from the pre-activations of a view."
         return view.pre.relu(), view.pre.new_zeros(())
-    def _select_aux(self, pre_BF: Tensor) -> tuple[Support, Tensor] | None:
-        "What an auxiliary loss needs from the pre-activations, before they are overwritten."
-        return None
-    def _auxiliary(self, view, chosen, x_BD: Tensor, error_BD: Tensor) -> tuple[Tensor, Tensor]:
+    def _auxiliary(self, view, x_BD: Tensor, error_BD: Tensor) -> tuple[Tensor, Tensor]:
         "(auxiliary term, what it adds to the loss)."
         return (zero := error_BD.new_zeros(())), zero
     def _project(self) -> None:
@@ -183,14 +182,12 @@ def loss(
     "The training loss of a batch, with the training rule of selection."
     c, b = self.config, max(1, len(x_BD))
     with torch.no_grad():
-        pre_BF = preactivations(x_BD, self.W_enc, self.b_enc, self.b_dec)
-        s, chosen = self._support(pre_BF, True), self._select_aux(pre_BF)
-        pre_n = None if s is None else s.take(pre_BF)
+        s, pre_n = self._choose(x_BD, True)
     view = _Dense(self, x_BD) if s is None else _Sparse(self, x_BD, s, pre_n)
     acts, sparsity = self._activate(view)
     error_BD = view.decode(acts, self.W_dec, self.b_dec) - x_BD
     reconstruction = steady_sum(error_BD.square()) / (b * self.d_model)
-    aux, extra = self._auxiliary(view, chosen, x_BD, error_BD)
+    aux, extra = self._auxiliary(view, x_BD, error_BD)
     scale = self.d_model if c.reduction == "sum" else 1
     total = scale * (reconstruction + warmup * c.sparsity * sparsity) + extra
     acts = acts.detach()
@@ -211,10 +208,7 @@ def encode(self: Dictionary, x_BD: Tensor) -> Codes:
 
 @patch
 def _infer(self: Dictionary, x_BD: Tensor) -> _Sparse:
-    with torch.no_grad():
-        pre_BF = preactivations(x_BD, self.W_enc, self.b_enc, self.b_dec)
-        s = self._support(pre_BF, False)
-        pre_n = s.take(pre_BF)
+    with torch.no_grad(): s, pre_n = self._choose(x_BD, False)
     return _Sparse(self, x_BD, s, pre_n)
 
 @patch
@@ -245,20 +239,16 @@ class TopK(Dictionary):
     revival = 1.                             # a shorter row would never be among the k
     dead_act = staticmethod(_Through.apply)  # what AuxK makes of a dead feature's pre-activation
 
-    def _support(self, pre_BF, training): return Support.rectangle(topk(pre_BF, self.config.k), self.n_features)
+    def _choose(self, x_BD, training): return largest(x_BD, self.W_enc, self.b_enc, self.b_dec, self.config.k)
 
-    def _select_aux(self, pre_BF):
+    def _auxiliary(self, view, x_BD, error_BD):
         dead = self.dead_F.nonzero()[:, 0] if self.config.aux else ()
-        if not len(dead): return None
+        if not len(dead): return super()._auxiliary(view, x_BD, error_BD)
         k_aux = min(self.config.k_aux or min(2 * self.config.k, self.d_model // 2), len(dead))
-        indices_Bk = dead[topk(pre_BF[:, dead], k_aux)]
-        return Support.rectangle(indices_Bk, self.n_features), pre_BF.gather(1, indices_Bk).flatten()
-
-    def _auxiliary(self, view, chosen, x_BD, error_BD):
-        if chosen is None: return super()._auxiliary(view, chosen, x_BD, error_BD)
+        s, pre_n = largest(x_BD, self.W_enc[dead], self.b_enc[dead], self.b_dec, k_aux)
         residual_BD = -error_BD.detach()
-        dead = _Sparse(self, x_BD, *chosen)
-        missed_BD = dead.decode(self.dead_act(dead.pre), self.W_dec, None) - residual_BD
+        view = _Sparse(self, x_BD, Support(dead[s.features_n], s.offsets_B1, self.n_features, s.width), pre_n)
+        missed_BD = view.decode(self.dead_act(view.pre), self.W_dec, None) - residual_BD
         spread_out = steady_sum((residual_BD - residual_BD.mean(0)).square())
         aux = steady_sum(missed_BD.square()) / spread_out.clamp_min(torch.finfo(x_BD.dtype).tiny)
         return aux, self.config.aux * aux
@@ -273,9 +263,10 @@ class BatchTopK(TopK):
         super().__init__(config)
         self.register_buffer("threshold", torch.tensor(-1.))  # below zero until the first batch was observed
 
-    def _support(self, pre_BF, training):
-        if training or self.threshold < 0: return batch_topk(pre_BF, self.config.k)
-        return support_where(pre_BF > self.threshold)
+    def _choose(self, x_BD, training):
+        if training or self.threshold < 0: return largest(x_BD, self.W_enc, self.b_enc, self.b_dec, self.config.k, by_batch=True)
+        return Dictionary._choose(self, x_BD, training)
+    def _mask(self, pre_BF, training): return pre_BF > self.threshold
 
     def _remember(self, out):
         if not out.threshold.isfinite(): return
@@ -360,7 +351,7 @@ class Gated(Dictionary):
         size = view.each(self.r_mag_F).exp() * (view.pre - view.each(self.b_enc)) + view.each(self.b_mag_F)
         return size.relu() * (gate > 0), self.config.typical * steady_sum(gate) / (max(1, view.rows) * self.d_model)
 
-    def _auxiliary(self, view, chosen, x_BD, error_BD):
+    def _auxiliary(self, view, x_BD, error_BD):
         alone_BD = view.decode(view.pre.relu(), self.W_dec.detach(), self.b_dec.detach())
         aux = steady_sum((alone_BD - x_BD).square()) / (max(1, len(x_BD)) * self.d_model)
         return aux, aux * (self.d_model if self.config.reduction == "sum" else 1)

@@ -80,7 +80,9 @@ def main():
             "sparsify 1.3.3 through its model with the steps of its trainer, and with a fused Adam that its trainer does not use."
             + ("" if "SAELens, sparse" in cpu["sizes"][1]["contenders"] else " SAELens with sparse activations does not run here, because its sparse product has no backward pass on a CPU."), "", verdicts(cpu), "", table(cpu), "",
             "## Where the time goes", "", parts(cpu), "",
-            "The encoder's product has to be paid: which features are largest cannot be known without all of them.", "",
+            "Which features are largest cannot be known without looking at all of them. Where the processor multiplies bfloat16 in hardware the look is taken in bfloat16, "
+            "with a bound on its error, and the few features that may be among the largest are computed again in float32; *selection* holds that too. "
+            "The product alone, against which the whole step is judged, is the one in float32. See [10 · sparse](../nbs/10_sparse.ipynb).", "",
             "## How it grows", "", "![Milliseconds a step against tokens, features and k](_static/speed.svg)", "",
             "At d = 512, from 1,024 tokens, 8,192 features and k = 32, one of them varied. Dashed: proportional growth.", "",
             "## The same mathematics", "", "Over {steps} steps of a whole training our loss and that of the dense formula differ by at most {largest_relative_difference:.1e}, relatively. Both start equal to rounding; where two features are almost tied, rounding decides, and from there the two trainings part.".format(**cpu["loss_curve"]), ""]

@@ -131,10 +131,15 @@ def sync(device):
     if device == "cuda": torch.cuda.synchronize()
 
 
+def keep_memory():
+    "Freed memory is kept, for everybody: what the operating system has to zero again is nobody's merit or fault."
+    libc = __import__("ctypes").CDLL(None)
+    if hasattr(libc, "mallopt"): libc.mallopt(-3, 1 << 25), libc.mallopt(-1, 1 << 30)
+
+
 def work(name, d, f, k, batch, device):
     "Read numbers of steps from stdin, write their times."
-    libc = __import__("ctypes").CDLL(None)
-    if hasattr(libc, "mallopt"): libc.mallopt(-3, 1 << 25), libc.mallopt(-1, 1 << 30)  # freed memory is kept, for everybody
+    keep_memory()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     step, done = CONTENDERS[name][0](d, f, k, batch, device), 0
     for line in sys.stdin:
@@ -187,15 +192,15 @@ PARTS = {"selection": ("largest",), "decoding and gradients, sparse": ("bag", "d
          "unit decoder rows, parallel gradient": ("normalize_decoder", "remove_parallel_gradient")}  # with what they call
 
 
-def breakdown(size, batch, steps=10):
-    "Milliseconds a step in each part; the last part is the rest."
+def breakdown(size, batch, steps=15):
+    "Milliseconds a step in each part, medians; the last part is the rest."
     from neurocodec.sae import dictionary, sparse
     rest = "losses, statistics and the rest"
     spent, at, since = {p: 0. for p in [*WITHIN, *PARTS, rest]}, [rest], [0.]
 
     def switch():
         now = time.perf_counter()
-        spent[at[-1]] += 1e3 * (now - since[0]) / steps
+        spent[at[-1]] += 1e3 * (now - since[0])
         since[0] = now
 
     def timed(part, function):
@@ -214,10 +219,12 @@ def breakdown(size, batch, steps=10):
     sparse.Support.by_feature.func = timed("sorting by feature", sparse.Support.by_feature.func)
     step = ours(*size, batch, "cpu")
     for i in range(3): step(i)
-    spent.update(dict.fromkeys(spent, 0.)); since[0] = time.perf_counter()
-    for i in range(steps): step(i)
-    switch()
-    return spent
+    each = []
+    for i in range(steps):
+        spent.update(dict.fromkeys(spent, 0.)); since[0] = time.perf_counter()
+        step(i); switch()
+        each.append(dict(spent))
+    return {p: statistics.median(s[p] for s in each) for p in spent}
 
 
 def scaling(device, threads, quick):
@@ -281,6 +288,7 @@ def main():
         found["sizes"].append({"size": size, "contenders": result})
     if a.device == "cpu":
         torch.set_num_threads(a.threads)
+        keep_memory()
         found["parts"] = breakdown(SIZES[1], BATCH)
         found["loss_curve"] = loss_curves()
         print("loss against the dense formula over {steps} steps: largest relative difference {largest_relative_difference:.1e}".format(**found["loss_curve"]))

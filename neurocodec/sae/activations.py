@@ -75,7 +75,7 @@ class LayerFile:
         dtype: str = "float16"):
         if dtype not in DTYPES: raise UserError(f"dtype: {dtype!r} is none of {', '.join(DTYPES)}")
         self.path, self.n, self.d, self.dtype = Path(path), n, d, dtype
-        self.sum_D, self.square = torch.zeros(d, dtype=torch.float64), 0.0
+        self.sum_D, self.square, self.exact = torch.zeros(d, dtype=torch.float64), 0.0, torch.empty(0, dtype=torch.float64)
         self.row_bytes = d * DTYPES[dtype][1].itemsize
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         reserve = getattr(os, "posix_fallocate", lambda fd, start, size: os.ftruncate(fd, size))  # macOS has no such call
@@ -86,10 +86,15 @@ class LayerFile:
             raise UserError(f"{self.path}: cannot reserve {n * self.row_bytes / 1e6:,.1f} MB ({e.strerror}); free some disk or lower n_tokens") from None
         os.ftruncate(self.fd, n * self.row_bytes)
 
+    def _exact(self, x_BD: Tensor) -> Tensor:
+        "A copy in float64, in memory that is used again: fresh memory costs more than the sums."
+        if self.exact.shape != x_BD.shape: self.exact = torch.empty(x_BD.shape, dtype=torch.float64)
+        return self.exact.copy_(x_BD)
+
     def put(self, start: int, x_BD: Tensor):
         "Write rows from row `start` on; a value that is not finite once stored is an error."
         x_BD = x_BD.to("cpu", DTYPES[self.dtype][0]).contiguous()
-        y_BD = x_BD.double()
+        y_BD = self._exact(x_BD)
         square = float(torch.dot(y_BD.view(-1), y_BD.view(-1)))
         if not math.isfinite(square):
             raise UserError(f"{self.path.name}: an activation is not finite as {self.dtype}; set dtype to float32, or check the model's weights")
@@ -264,10 +269,11 @@ def collect(
     n_batches, saved = -(-len(contexts) // batch), time.monotonic()
     for b in progress(range(first, n_batches), total=n_batches - first, desc="activations"):
         chosen, start, stop = contexts[b * batch:(b + 1) * batch], starts[b * batch], starts[min((b + 1) * batch, len(contexts))]
-        where = torch.searchsorted(chosen, plan.rows.context_N[start:stop].long()), plan.rows.pos_N[start:stop].long()
+        T = packed.tokens_NT.shape[1]
+        flat_N = torch.searchsorted(chosen, plan.rows.context_N[start:stop].long()) * T + plan.rows.pos_N[start:stop].long()
         mask = None if lm.causal else (packed.doc_NT[chosen] >= 0).long()  # a causal model cannot see the padding behind its text
         with torch.no_grad(): got = lm.capture(packed.tokens_NT[chosen], list(hooks.values()), mask)
-        for i, f in files.items(): f.put(start, got[hooks[i]].to("cpu")[where])
+        for i, f in files.items(): f.put(start, got[hooks[i]].to("cpu").flatten(0, 1).index_select(0, flat_N))
         if time.monotonic() - saved > save_every or b == n_batches - 1:
             _save_cursor(folder, plan, files, b + 1)
             saved = time.monotonic()

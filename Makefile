@@ -40,9 +40,18 @@ test: setup
 	@.venv-bench/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 sae-lens==6.54.12 eai-sparsify==1.3.3
 	@touch $@
 
-bench: setup .venv-bench/.ready
+# for our own kernels, beside our own environment (sparsify would take it up on a CPU too, where it cannot run);
+# a CUDA build of torch brings the Triton it was built with
+.venv-bench/triton/.ready: | setup
+	@mkdir -p $(@D)
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) triton==3.9.0 \
+		|| echo "no Triton for this machine: its kernels will not be compared"
+	@touch $@
+
+bench: setup .venv-bench/.ready .venv-bench/triton/.ready
 	@$(BIN)/python benchmarks/interop.py --peers .venv-bench/bin/python
 	@$(BIN)/python benchmarks/sae_step.py --peers .venv-bench/bin/python --device $(DEVICE)
+	@$(BIN)/python benchmarks/kernels.py --triton .venv-bench/triton
 	@test ! -d results/nano/02_text || $(BIN)/python benchmarks/quality.py --peers .venv-bench/bin/python
 	@$(BIN)/python benchmarks/page.py
 

@@ -69,8 +69,18 @@ def parts(found):
     return "\n".join(["| part of a step at 768 × 7,680 | ms | share |", "|---|---|---|"] + [f"| {k} | {v:.1f} | {v / total:.0%} |" for k, v in found["parts"].items()])
 
 
+def kernels(found):
+    "Our Triton kernels beside torch's operators."
+    lines = [f"{found['hardware']}, torch {found['torch']}, {found['made']}: the two sparse operations as Triton's kernels and as torch's operators.", "",
+             "| d × F, k, batch | operation | torch, ms | Triton, ms | ratio |", "|---|---|---|---|---|"]
+    for s in found["sizes"]:
+        d, f, k, batch = s["size"]
+        lines += [f"| {d} × {f:,}, {k}, {batch:,} | {name} | {ms['torch']:.3f} | {ms['triton']:.3f} | {ms['torch'] / ms['triton']:.2f} |" for name, ms in s["ms"].items()]
+    return "\n".join(["", *lines])
+
+
 def main():
-    cpu, cuda, quality = read("cpu"), read("cuda"), read("quality")
+    cpu, cuda, quality, triton = read("cpu"), read("cuda"), read("quality"), read("kernels")
     if not cpu: raise SystemExit("benchmarks/measured/cpu.json: missing; `make bench` makes it")
     (BOOK / "_static").mkdir(exist_ok=True)
     draw(cpu, BOOK / "_static" / "speed.svg")
@@ -93,6 +103,7 @@ def main():
         text += ["", "Mean difference: " + ", ".join(f"{k} {g:+.2%}" for k, g in quality["gaps"].items()) + "; the target is one per cent.", ""]
     text += ["## On a GPU", ""]
     text += [f"{cuda['hardware']}, torch {cuda['torch']}, {cuda['made']}.", "", table(cuda)] if cuda else ["Not measured: no GPU was at hand. `make bench DEVICE=cuda` does it, against sparsify's Triton kernels."]
+    if triton: text += [kernels(triton)]
     (BOOK / "speed.md").write_text("\n".join(text) + "\n")
 
 

@@ -1,4 +1,8 @@
 "Properties of the sparse kernels that a chapter's small examples cannot show."
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -171,6 +175,43 @@ def test_the_private_operator_and_its_stand_in_against_einsum(dtype, tolerance):
     for op in (sparse.SAMPLED, None): torch.testing.assert_close(dots(g, W, s, op=op), truth, rtol=tolerance, atol=tolerance)
     none = support_where(torch.zeros(50, 80, dtype=torch.bool))
     for op in (sparse.SAMPLED, None): assert dots(g, W, none, op=op).shape == (0,)
+
+
+# --- Triton's kernels, which benchmarks/kernels.py runs ------------------------------------------------------------------------
+
+class OnGPU(torch.Tensor):
+    "A tensor that says it is on a GPU."
+    is_cuda = True
+
+@pytest.mark.parametrize("installed,on_gpu,alike,op,ours", [(True, True, True, "theirs", True), (False, True, True, "theirs", False), (True, False, True, "theirs", False),
+                                                            (True, True, False, "theirs", False), (True, True, True, None, False)])
+def test_triton_is_taken_on_a_gpu_where_it_is_installed_and_nowhere_else(monkeypatch, installed, on_gpu, alike, op, ours):
+    took = []
+    monkeypatch.setattr(sparse, "TRITON", installed)
+    monkeypatch.setattr(sparse, "bag_triton", lambda *a: took.append(("bag", a)))
+    monkeypatch.setattr(sparse, "dots_triton", lambda *a: took.append(("dots", a)))
+    monkeypatch.setattr(sparse, "embedding_bag", lambda *a, **more: "torch's bag")
+    monkeypatch.setattr(sparse, "SAMPLED", lambda *a: torch.zeros(3))
+    s, kind = Support(torch.tensor([4, 0, 4]), torch.tensor([0, 2, 3]), 5), OnGPU if on_gpu else torch.Tensor
+    g, W, w = (t.as_subclass(kind) for t in (torch.ones(2, 3), torch.ones(5, 3), torch.ones(3)))
+    if not alike: W = W.double().as_subclass(kind)
+    bagged = sparse.bag(w, s.features_n, s.offsets_B1, W)
+    assert (bagged == "torch's bag") == (not (installed and on_gpu and alike))
+    if alike: sparse.dots(g, W, s, op=sparse.SAMPLED if op else None)
+    assert [name for name, _ in took] == (["bag", "dots"] if ours else ["bag"] if installed and on_gpu and alike else [])
+    for name, a in took: assert all(x is y for x, y in zip(a, (w, s.features_n, s.offsets_B1, W) if name == "bag" else (g, W, s)))
+
+def test_triton_can_be_switched_off():
+    code = "import importlib, os, sys, types; t, l = (types.ModuleType(n) for n in ('triton', 'triton.language'))\n" \
+           "t.jit, t.language, l.constexpr = (lambda f: f), l, object; sys.modules |= {'triton': t, 'triton.language': l}\n" \
+           "from neurocodec.sae import sparse; print(sparse.TRITON); os.environ['NEUROCODEC_TRITON'] = '0'; print(importlib.reload(sparse).TRITON)"
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"NEUROCODEC_TRITON": "1"}, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]
+
+def test_what_cannot_be_multiplied_does_not_reach_a_kernel():
+    s = Support(torch.tensor([4, 0, 4]), torch.tensor([0, 2, 3]), 5)
+    with pytest.raises(AssertionError, match="2 weights for 3 indices"): sparse.bag_triton(torch.ones(2), s.features_n, s.offsets_B1, torch.ones(5, 3))
+    with pytest.raises(AssertionError, match="no inner product"): sparse.dots_triton(torch.ones(2, 4), torch.ones(5, 3), s)
 
 
 # --- memory and order ----------------------------------------------------------------------------------------------------

@@ -197,7 +197,7 @@ def chosen_layer(entries: list[Entry]) -> int | None:
 
 # %% ../../nbs/51_log.ipynb #c44615b9
 CONTROLS = {"pca": "PCA, equal rank", "untrained": "untrained", "random_model": "fresh weights", "random": "random directions",
-            "matched": "same, fewer tokens"}  # the parts of a metric's name that make it a control, and what they are called in print
+            "matched": "same, fewer tokens", "bigram": "bigram", "tuned": "tuned lens", "tokens": "tokens for features", "shuffled": "shuffled codes"}  # the parts of a metric's name that make it a control, and what they are called in print
 SAME = ("matched",)  # of these, what is the same method; that it meets a target too takes nothing away
 
 def rivals(t: Target, beside: dict[str, Any]) -> list[str]:

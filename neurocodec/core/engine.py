@@ -26,6 +26,7 @@ FOLLOWS: dict[str, tuple[str, ...]] = {  # chapter → chapters whose folders it
     "13_train": ("12_activations",),
     "14_quality": ("02_text", "12_activations", "13_train"),
     "16_layers": ("02_text", "12_activations", "13_train", "14_quality"),
+    "20_decoder": ("02_text", "05_lens", "12_activations", "13_train"),
 }
 FOLLOWS["51_log"] = tuple(FOLLOWS)        # looks back on all of them
 ALL_LAYERS = ("16_layers", "51_log")      # read every layer's nodes, not only their own
@@ -165,6 +166,9 @@ def cost(job: Job, shape: Shape, flops: float) -> Cost:
     if job.chapter == "13_train":
         F = k.get("width", 10) * shape.width
         return Cost(tokens, 2 * F * shape.width * 4e-6, 700 + F * shape.width * 40e-6, base + 6 * shape.width * F * tokens / flops)
+    if job.chapter == "20_decoder":  # six decoders learn from one reading; each has an unembedding and blocks of its own
+        n, own = 256 * k["train_contexts"], shape.width * (shape.vocab + 12 * shape.width * k["layers_own"])
+        return Cost(n, 24e-6 * own, 900 + 2 * weights_mb + 96e-6 * own, base + (2 * shape.weights() + 36 * own) * n / flops)
     full = int(k.get("eval_tokens", 20_000))
     return Cost(full, 2, 800 + 2 * weights_mb, base + 8 * shape.weights() * full / flops)
 

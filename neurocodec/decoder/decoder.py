@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'STARTS', 'TENSORS', 'ABOUT', 'PRECISIONS', 'VIEWS', 'CURVES
            'rotate', 'Block', 'Decoder', 'create_decoder', 'model_shape', 'copy_blocks', 'TokenRows', 'token_rows',
            'save_decoder', 'load_decoder', 'TrainDecoderConfig', 'Job', 'shuffle_view', 'token_view', 'autocast',
            'Trainer', 'Reader', 'hash_seed', 'get_state', 'set_state', 'save_checkpoint', 'load_checkpoint',
-           'train_decoders', 'train_decoder', 'shared_config', 'job_key', 'finished', 'Batch', 'compare', 'climb',
+           'shared_config', 'job_key', 'finished', 'train_decoders', 'train_decoder', 'Batch', 'compare', 'climb',
            'rungs', 'decoder_arm']
 
 # %% ../../nbs/20_decoder.ipynb #c22a4cfb
@@ -263,6 +263,7 @@ def create_decoder(
     if c.start == "model": copy_blocks(d, lm)
     return d
 
+# %% ../../nbs/20_decoder.ipynb #13c12365
 def _start_at_lens(d: Decoder, lens: Lens) -> None:
     "Put the tuned lens of the decoder's layer into its map, or, where it has none, into its table."
     if (l := d.config.layer) == len(lens.A_LDD) - 1: return
@@ -426,6 +427,7 @@ def token_view(p: Passage, tokens_BT: Tensor, seed: int) -> Passage:
 
 VIEWS: dict[str, Callable[[Passage, Tensor, int], Passage]] = {"codes": lambda p, tokens_BT, seed: p, "shuffled": shuffle_view, "tokens": token_view}
 
+# %% ../../nbs/20_decoder.ipynb #0a414e06
 def autocast(config: TrainDecoderConfig, device: torch.device):
     "The context of mixed precision that a configuration asks for."
     able = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -550,41 +552,6 @@ def load_checkpoint(path: Path, trainers: dict[str, Trainer], key: str) -> int:
     return about["step"]
 
 # %% ../../nbs/20_decoder.ipynb #47349c17
-def train_decoders(
-    lm: LM,                 # the frozen model
-    dictionary: Dictionary, # takes raw activations
-    packed: Packed,         # the training split
-    layer: int,             # block after which the dictionary reads
-    jobs: dict[str, Job],   # by name, which is also the subfolder
-    folder: str | Path,     # gets <name>/decoder.safetensors, <name>/decoder.json and <name>/curves.parquet
-    tracker: Callable | None = None, # `Node.tracker`: called with the step at which the curves go on
-    skip_bos: bool = True,  # as in chapter 12
-    save_every: float = 20, # seconds between two checkpoints
-) -> dict[str, Decoder]:
-    "Train several decoders on the same batches; killed at any moment, the same call resumes to the same bytes."
-    folder, config, key = Path(folder), shared_config(jobs), job_key(lm, dictionary, packed, layer, jobs, skip_bos)
-    if done := finished(folder, jobs, key): return done
-    for p in folder.glob(".*.tmp"): p.unlink()  # what a kill in the middle of an atomic write left behind
-    reader, trainers = Reader(lm, dictionary, layer, packed, config, skip_bos), {name: Trainer(job) for name, job in jobs.items()}
-    first, saved = load_checkpoint(folder/CHECKPOINT, trainers, key), time.monotonic()
-    log, stretch = tracker(first) if tracker else None, max(1, config.n_steps // 100)
-    for step in progress(range(first, config.n_steps), total=config.n_steps, initial=first, desc="training"):
-        if bad := reader.advance(trainers, step):
-            left = f"the last good state is {folder/CHECKPOINT}" if (folder/CHECKPOINT).exists() else "there was no checkpoint yet"
-            raise UserError(f"decoder {bad!r}: loss or gradient is not finite at step {step}; {left}; lower lr ({config.lr:g})")
-        if log and (step + 1) % stretch == 0: log.log(step, **{f"{n}/kl": t.curves_SC[step + 1 - stretch:step + 1, 1].mean() for n, t in trainers.items()})
-        if time.monotonic() - saved > save_every and step + 1 < config.n_steps:
-            save_checkpoint(folder/CHECKPOINT, trainers, step + 1, key)
-            saved = time.monotonic()
-    if log: log.close()
-    for name, t in trainers.items(): _finish(folder, name, t, key)
-    (folder/CHECKPOINT).unlink(missing_ok=True)
-    return finished(folder, jobs, key)
-
-def train_decoder(lm: LM, dictionary: Dictionary, packed: Packed, layer: int, decoder: Decoder, config: TrainDecoderConfig, folder: str | Path, **more) -> Decoder:
-    "Train one decoder; see `train_decoders`."
-    return train_decoders(lm, dictionary, packed, layer, {"decoder": Job(decoder, config)}, folder, **more)["decoder"]
-
 def shared_config(jobs: dict[str, Job]) -> TrainDecoderConfig:
     "The first job's configuration, once it is sure that all jobs can share batches."
     if not jobs: raise UserError("train_decoders: no decoder to train")
@@ -621,6 +588,42 @@ def finished(folder: Path, jobs: dict[str, Job], key: str) -> dict[str, Decoder]
     if (folder/CHECKPOINT).exists() or not all((folder/n/ABOUT).exists() for n in jobs): return None
     found = {n: load_decoder(folder, n, j.decoder.E_FW.device) for n, j in jobs.items()}
     return found if all(d.meta.get("key") == key for d in found.values()) else None
+
+# %% ../../nbs/20_decoder.ipynb #0b2f7081
+def train_decoders(
+    lm: LM,                 # the frozen model
+    dictionary: Dictionary, # takes raw activations
+    packed: Packed,         # the training split
+    layer: int,             # block after which the dictionary reads
+    jobs: dict[str, Job],   # by name, which is also the subfolder
+    folder: str | Path,     # gets <name>/decoder.safetensors, <name>/decoder.json and <name>/curves.parquet
+    tracker: Callable | None = None, # `Node.tracker`: called with the step at which the curves go on
+    skip_bos: bool = True,  # as in chapter 12
+    save_every: float = 20, # seconds between two checkpoints
+) -> dict[str, Decoder]:
+    "Train several decoders on the same batches; killed at any moment, the same call resumes to the same bytes."
+    folder, config, key = Path(folder), shared_config(jobs), job_key(lm, dictionary, packed, layer, jobs, skip_bos)
+    if done := finished(folder, jobs, key): return done
+    for p in folder.glob(".*.tmp"): p.unlink()  # what a kill in the middle of an atomic write left behind
+    reader, trainers = Reader(lm, dictionary, layer, packed, config, skip_bos), {name: Trainer(job) for name, job in jobs.items()}
+    first, saved = load_checkpoint(folder/CHECKPOINT, trainers, key), time.monotonic()
+    log, stretch = tracker(first) if tracker else None, max(1, config.n_steps // 100)
+    for step in progress(range(first, config.n_steps), total=config.n_steps, initial=first, desc="training"):
+        if bad := reader.advance(trainers, step):
+            left = f"the last good state is {folder/CHECKPOINT}" if (folder/CHECKPOINT).exists() else "there was no checkpoint yet"
+            raise UserError(f"decoder {bad!r}: loss or gradient is not finite at step {step}; {left}; lower lr ({config.lr:g})")
+        if log and (step + 1) % stretch == 0: log.log(step, **{f"{n}/kl": t.curves_SC[step + 1 - stretch:step + 1, 1].mean() for n, t in trainers.items()})
+        if time.monotonic() - saved > save_every and step + 1 < config.n_steps:
+            save_checkpoint(folder/CHECKPOINT, trainers, step + 1, key)
+            saved = time.monotonic()
+    if log: log.close()
+    for name, t in trainers.items(): _finish(folder, name, t, key)
+    (folder/CHECKPOINT).unlink(missing_ok=True)
+    return finished(folder, jobs, key)
+
+def train_decoder(lm: LM, dictionary: Dictionary, packed: Packed, layer: int, decoder: Decoder, config: TrainDecoderConfig, folder: str | Path, **more) -> Decoder:
+    "Train one decoder; see `train_decoders`."
+    return train_decoders(lm, dictionary, packed, layer, {"decoder": Job(decoder, config)}, folder, **more)["decoder"]
 
 # %% ../../nbs/20_decoder.ipynb #d80e3d40
 class Batch(NamedTuple):

@@ -6,11 +6,11 @@
 __all__ = ['CONCENTRATION', 'REWARDS', 'ARMS', 'HARD', 'CURVES', 'CHECKPOINT', 'Rule', 'Gate', 'gate_log_prob', 'Batch',
            'read_pool', 'Policy', 'Weights', 'kept_share', 'concentration', 'sparsity_reward', 'token_reward',
            'Rollout', 'scatter', 'act', 'leave_one_out', 'to_go', 'Surrogate', 'surrogate', 'hashed', 'replaced',
-           'PolicyConfig', 'three', 'Parts', 'frozen_rows', 'forward_kl', 'gate_entropy', 'ppo_loss', 'Critic', 'gae',
-           'explained', 'Episode', 'continue_texts', 'episode_step', 'hard_concrete', 'hard_concrete_open', 'keep_top',
-           'expected_token_reward', 'draw_gates', 'direct_loss', 'PolicyTrainer', 'policy_tensors', 'get_state',
-           'set_state', 'training_key', 'train_policy', 'every_feature', 'own_gate', 'shared_chance', 'drawn_gate',
-           'attribution', 'top_rule', 'measure', 'Equivalence', 'tost', 'paired', 'holm']
+           'Schedule', 'three', 'PolicyConfig', 'Parts', 'frozen_rows', 'forward_kl', 'gate_entropy', 'ppo_loss',
+           'Critic', 'gae', 'explained', 'Episode', 'continue_texts', 'episode_step', 'hard_concrete',
+           'hard_concrete_open', 'keep_top', 'expected_token_reward', 'draw_gates', 'direct_loss', 'PolicyTrainer',
+           'policy_tensors', 'get_state', 'set_state', 'training_key', 'train_policy', 'every_feature', 'own_gate',
+           'shared_chance', 'drawn_gate', 'attribution', 'top_rule', 'measure', 'Equivalence', 'tost', 'paired', 'holm']
 
 # %% ../../nbs/21_policy.ipynb #d1db8e90
 import copy, hashlib, json, math, time
@@ -21,6 +21,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy import stats
@@ -218,11 +219,54 @@ def replaced(kind: str, r_RT: Tensor, b: Batch, roll: Rollout, g: torch.Generato
     return (token_RT + gates_RT) * true_n.std() * keep_RT
 
 # %% ../../nbs/21_policy.ipynb #c5deb81d
+@dataclass(frozen=True)
+class Schedule:
+    "Weights of the reward's terms through a run, and when they are adjusted."
+    phases: tuple[float, float, float] = (0.2, 0.6, 0.2)
+    "Shares of the three phases."
+    alpha: tuple[float, float, float] = (0.5, 0.4, 0.3)
+    "Weight of faithfulness in each phase."
+    beta: tuple[float, float, float] = (0.3, 0.3, 0.2)
+    "Weight of sparsity."
+    gamma: tuple[float, float, float] = (0.2, 0.3, 0.5)
+    "Weight of accuracy."
+    adjust: bool = True
+    "Multiply alpha and beta at every fifth of the run, as the brief does."
+    kl_goal: float = 0.5
+    "KL(frozen || policy) below which alpha is lowered, nats."
+    l0_goal: float = 50.0
+    "Active features above which beta is raised."
+
+    def __post_init__(self):
+        for name in ("phases", "alpha", "beta", "gamma"):
+            if len(getattr(self, name)) != 3: raise UserError(f"{name} = {getattr(self, name)!r}: expected three numbers, one a phase")
+        if abs(sum(self.phases) - 1) > 1e-6: raise UserError(f"phases = {self.phases!r}: expected shares that add up to 1")
+
+    def phase(self, at: float) -> int:
+        "0, 1 or 2, for a share `at` of the run."
+        return int(at > self.phases[0]) + int(at > self.phases[0] + self.phases[1])
+
+    def weights(self, at: float, factors: tuple[float, float] = (1., 1.)) -> Weights:
+        "Of the reward; `factors` have accumulated for alpha and beta."
+        i = self.phase(at)
+        return Weights(self.alpha[i] * factors[0], self.beta[i] * factors[1], self.gamma[i])
+
+    def adjusted(self, factors: tuple[float, float], kl: float, l0: float) -> tuple[float, float]:
+        "The factors after a fifth of the run, given its mean KL and L0."
+        return (factors[0] * (.95 if kl < self.kl_goal else 1.), factors[1] * (1.1 if l0 > self.l0_goal else 1.)) if self.adjust else factors
+
+def three(text: str) -> tuple[float, float, float]:
+    "Three numbers of a comma list."
+    try: a, b, c = map(float, text.split(","))
+    except ValueError: raise UserError(f"{text!r}: expected three numbers, such as 0.5,0.4,0.3") from None
+    return a, b, c
+
+# %% ../../nbs/21_policy.ipynb #5200b052
 ARMS = ("ppo", "exact", "hard_concrete", "straight_through", "activation", "random")  # how a policy is trained; the last two have no gate to learn
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    "How a policy is trained; shares are of the whole run."
+    "How a policy is trained."
     arm: str = "ppo"
     "One of ARMS."
     reward: str = "true"
@@ -245,20 +289,8 @@ class PolicyConfig:
     "Of the gate."
     norm: float = 1.0
     "Largest gradient norm of gate and decoder, each."
-    phases: tuple[float, float, float] = (0.2, 0.6, 0.2)
-    "Shares of the three phases."
-    alpha: tuple[float, float, float] = (0.5, 0.4, 0.3)
-    "Weight of faithfulness in each phase."
-    beta: tuple[float, float, float] = (0.3, 0.3, 0.2)
-    "Weight of sparsity."
-    gamma: tuple[float, float, float] = (0.2, 0.3, 0.5)
-    "Weight of accuracy."
-    adjust: bool = True
-    "Multiply alpha and beta at every fifth of the run, as the brief does."
-    kl_goal: float = 0.5
-    "KL(frozen || policy) below which alpha is lowered, nats."
-    l0_goal: float = 50.0
-    "Active features above which beta is raised."
+    schedule: Schedule = Schedule()
+    "Weights of the reward."
     kl_penalty: float = 0.1
     "Weight of the exact KL(frozen || policy) in the loss."
     entropy: float = 0.01
@@ -277,29 +309,10 @@ class PolicyConfig:
         must(self.steps > 0 and self.epochs > 0, "steps", "at least 1")
         must(self.samples > 1, "samples", "at least 2, for the leave-one-out baseline")
         must(1 <= self.minibatches <= self.contexts, "minibatches", f"1 to contexts = {self.contexts}")
-        for name in ("phases", "alpha", "beta", "gamma"): must(len(getattr(self, name)) == 3, name, "three numbers")
-        must(abs(sum(self.phases) - 1) < 1e-6, "phases", "shares that add up to 1")
 
-    def phase(self, step: int) -> int:
-        "0, 1 or 2."
-        at = (step + .5) / self.steps
-        return int(at > self.phases[0]) + int(at > self.phases[0] + self.phases[1])
-
-    def weights(self, step: int, factors: tuple[float, float] = (1., 1.)) -> Weights:
-        "Of the reward at `step`; `factors` have accumulated for alpha and beta."
-        i = self.phase(step)
-        return Weights(self.alpha[i] * factors[0], self.beta[i] * factors[1], self.gamma[i])
-
-    def adjusted(self, step: int, factors: tuple[float, float], kl: float, l0: float) -> tuple[float, float]:
-        "The factors after `step` steps, given what was measured since the last fifth of the run."
-        if not self.adjust or step % max(1, self.steps // 5): return factors
-        return factors[0] * (.95 if kl < self.kl_goal else 1.), factors[1] * (1.1 if l0 > self.l0_goal else 1.)
-
-def three(text: str) -> tuple[float, float, float]:
-    "Three numbers of a comma list."
-    try: a, b, c = map(float, text.split(","))
-    except ValueError: raise UserError(f"{text!r}: expected three numbers, such as 0.5,0.4,0.3") from None
-    return a, b, c
+    def at(self, step: int) -> float:
+        "The share of the run in whose middle a step lies."
+        return (step + .5) / self.steps
 
 # %% ../../nbs/21_policy.ipynb #3bd3742c
 class Parts(NamedTuple):
@@ -496,14 +509,15 @@ class PolicyTrainer:
         c, t = self.config, self.step
         g = torch.Generator().manual_seed(c.seed * 1_000_003 + t)
         for group, (_, lr) in zip(self.optimizer.param_groups, self._modules()): group["lr"] = lr * (1 - t / c.steps)
-        b, w = self.pool.take(torch.randperm(len(self.pool.keep_BT), generator=g)[:c.contexts]), c.weights(t, self.factors)
+        b, w = self.pool.take(torch.randperm(len(self.pool.keep_BT), generator=g)[:c.contexts]), c.schedule.weights(c.at(t), self.factors)
         seen = self._reinforce(b, w, g) if c.arm == "ppo" else self._differentiate(b, w, g)
         if seen is None: return False
         seen |= {"reward": seen["faithfulness"] + seen["sparsity"] + seen["accuracy"], **w._asdict()}
         self.curves_SC[t] = torch.tensor([float(seen.get(k, 0.)) for k in CURVES])
         self.step += 1
-        since = self.curves_SC[max(0, self.step - max(1, c.steps // 5)):self.step].mean(0).tolist()
-        self.factors = c.adjusted(self.step, self.factors, since[CURVES.index("kl")], since[CURVES.index("l0")])
+        if self.step % (fifth := max(1, c.steps // 5)) == 0:
+            since = dict(zip(CURVES, self.curves_SC[self.step - fifth:self.step].mean(0).tolist()))
+            self.factors = c.schedule.adjusted(self.factors, since["kl"], since["l0"])
         return True
 
     def _descend(self, loss: Tensor) -> dict[str, float] | None:
@@ -515,17 +529,19 @@ class PolicyTrainer:
         self.optimizer.step()
         return dict(zip(("grad_gate", "grad_decoder"), norms))
 
-    def _differentiate(self, b: Batch, w: Weights, g: torch.Generator) -> dict[str, float] | None:
-        "As many optimiser steps as PPO takes, each on fresh samples."
-        c, log = self.config, []
-        for _ in range(c.epochs):
-            for rows in torch.randperm(c.contexts, generator=g).chunk(c.minibatches):
-                loss, seen = direct_loss(self.policy, self.lm, b.take(rows), w, c, g)
-                if (norms := self._descend(loss)) is None: return None
-                log.append(seen | norms)
-        return {k: sum(x[k] for x in log) / len(log) for k in log[0]}
-
 # %% ../../nbs/21_policy.ipynb #ebbe3458
+@patch
+def _differentiate(self: PolicyTrainer, b: Batch, w: Weights, g: torch.Generator) -> dict[str, float] | None:
+    "As many optimiser steps as PPO takes, each on fresh samples."
+    c, log = self.config, []
+    for _ in range(c.epochs):
+        for rows in torch.randperm(c.contexts, generator=g).chunk(c.minibatches):
+            loss, seen = direct_loss(self.policy, self.lm, b.take(rows), w, c, g)
+            if (norms := self._descend(loss)) is None: return None
+            log.append(seen | norms)
+    return {k: sum(x[k] for x in log) / len(log) for k in log[0]}
+
+@patch
 def _reinforce(self: PolicyTrainer, b: Batch, w: Weights, g: torch.Generator) -> dict[str, float] | None:
     "A rollout, its advantages, and several passes of clipped steps over it."
     c, T = self.config, b.keep_BT.shape[1]
@@ -544,8 +560,6 @@ def _reinforce(self: PolicyTrainer, b: Batch, w: Weights, g: torch.Generator) ->
             log.append({"kl": float(p.kl), "clipped_gate": float(p.gate.clipped), "clipped_token": float(p.token.clipped), "approx_kl_gate": float(p.gate.approx_kl),
                         "approx_kl_token": float(p.token.approx_kl), "furthest": float(max(p.gate.furthest, p.token.furthest)), **norms})
     return seen | {k: sum(x[k] for x in log) / len(log) for k in log[0]} | {"furthest_start": log[0]["furthest"], "furthest_end": log[-1]["furthest"]}
-
-PolicyTrainer._reinforce = _reinforce
 
 # %% ../../nbs/21_policy.ipynb #7d8c934a
 CHECKPOINT = "checkpoint.safetensors"  # exists only while a training is unfinished
@@ -594,11 +608,12 @@ def train_policy(
         with safe_open(path, "pt") as f: about = json.loads(f.metadata()["about"])
         if about["key"] == key: set_state(t, read_tensors(path), about["step"])
     log, stretch = tracker(t.step) if tracker else None, max(1, config.steps // 200)
+    def phase(step): return config.schedule.phase(config.at(step))
     for step in progress(range(t.step, config.steps), total=config.steps, initial=t.step, desc=f"{config.arm}, {config.reward} rewards" if config.arm == "ppo" else config.arm):
         if not t.advance(): raise UserError(f"{config.arm}: loss or gradient is not finite at step {step}; lower lr or gate_lr")
         if log and (step + 1) % stretch == 0: log.log(step, **dict(zip(CURVES, t.curves_SC[step + 1 - stretch:step + 1].mean(0).tolist())))
-        if phases and (step + 1 == config.steps or config.phase(step + 1) != config.phase(step)):
-            with atomic(folder/f"phase{config.phase(step) + 1}.safetensors") as part: save_file(policy_tensors(policy), part)
+        if phases and (step + 1 == config.steps or phase(step + 1) != phase(step)):
+            with atomic(folder/f"phase{phase(step) + 1}.safetensors") as part: save_file(policy_tensors(policy), part)
         if time.monotonic() - saved > save_every and step + 1 < config.steps:
             with atomic(path) as part: save_file(get_state(t), part, metadata={"about": json.dumps({"step": step + 1, "key": key})})
             saved = time.monotonic()

@@ -41,7 +41,7 @@ class Gate(nn.Module):
     def __init__(self, n_features: int, context: int = 8, start: float = .95, seed: int = 0):
         super().__init__()
         g = torch.Generator().manual_seed(seed)
-        self.shared = nn.Parameter(torch.tensor([math.log(start / (1 - start)), 0.]))  # offset and slope of all features
+        self.shared = nn.Parameter(torch.tensor([math.log(start / (1 - start)), 1.]))  # offset and slope of all features
         self.own_FP = nn.Parameter(torch.zeros(n_features, 2 + context))               # each feature's own, and its part of the context
         self.mix_FC = nn.Parameter(torch.randn(n_features, context, generator=g))      # what a feature adds to the context
 
@@ -49,7 +49,7 @@ class Gate(nn.Module):
         "(B, T, k) logits; those of entries without a feature mean nothing."
         on_BTk, total_BT1 = values_BTk > 0, values_BTk.sum(-1, keepdim=True).clamp_min(1e-12)
         mean_BT1 = total_BT1 / on_BTk.sum(-1, keepdim=True).clamp_min(1)
-        size_BTk = (values_BTk / mean_BT1).clamp(.05, 20).log() * on_BTk
+        size_BTk = (values_BTk / mean_BT1).clamp(.1, 10).log() * on_BTk
         context_BTC = torch.einsum("btk,btkc->btc", values_BTk / total_BT1, embedding(indices_BTk, self.mix_FC)).tanh()
         own_BTkP = embedding(indices_BTk, self.own_FP)
         own = self.shared[0] + own_BTkP[..., 0] + (self.shared[1] + own_BTkP[..., 1]) * size_BTk

@@ -71,10 +71,10 @@ def step_of(path):
 
 
 def test_sigkill_and_resume_gives_the_same_bytes(tmp_path):
-    "Three decoders in one run, killed a dozen times at random: weights, JSON, curves and log equal an undisturbed run's."
+    "Three decoders in one run, killed half a dozen times at random: weights, JSON, curves and log equal an undisturbed run's."
     whole, cut, rng, killed = tmp_path / "whole", tmp_path / "cut", random.Random(1), []
     training(whole).join()
-    for _ in range(12):
+    for _ in range(6):
         before, p = step_of(cut / CHECKPOINT), training(cut)
         while step_of(cut / CHECKPOINT) == before and p.is_alive(): time.sleep(.005)
         time.sleep(rng.random() * .1)

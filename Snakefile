@@ -6,7 +6,8 @@ from neurocodec.core.run import read_params
 overrides = config.get("overrides", {})
 run = read_params(config["params"])
 shape = model_shape(run.model)
-todo = jobs(run, overrides, config.get("layers"), config.get("until", ""))
+layers = [int(x) for x in config["layers"]] if "layers" in config else None  # snakemake reads --config as text
+todo = jobs(run, overrides, layers, config.get("until", ""))
 drop_stale_stamps(todo)
 stamps = {j.name: str(j.stamp) for j in todo}
 

@@ -27,6 +27,7 @@ FOLLOWS: dict[str, tuple[str, ...]] = {  # chapter → chapters whose folders it
     "14_quality": ("02_text", "12_activations", "13_train"),
     "16_layers": ("02_text", "12_activations", "13_train", "14_quality"),
     "20_decoder": ("02_text", "05_lens", "12_activations", "13_train"),
+    "21_policy": ("02_text", "12_activations", "13_train", "20_decoder"),
 }
 FOLLOWS["51_log"] = tuple(FOLLOWS)        # looks back on all of them
 ALL_LAYERS = ("16_layers", "51_log")      # read every layer's nodes, not only their own
@@ -169,6 +170,10 @@ def cost(job: Job, shape: Shape, flops: float) -> Cost:
     if job.chapter == "20_decoder":  # six decoders learn from one reading; each has an unembedding and blocks of its own
         n, own = 256 * k["train_contexts"], shape.width * (shape.vocab + 12 * shape.width * k["layers_own"])
         return Cost(n, 24e-6 * own, 900 + 2 * weights_mb + 96e-6 * own, base + (2 * shape.weights() + 36 * own) * n / flops)
+    if job.chapter == "21_policy":  # rollout and passes of every arm and seed, through decoder and unembedding
+        rows = k["contexts"] * k["samples"] * (k["window"] or 256)
+        steps = 6 * k["front_seeds"] * k["steps"] + 7 * k["seeds"] * k["validation_steps"]
+        return Cost(rows * steps, 40, 1200 + 3 * weights_mb, base + (2 + 6 * k["epochs"]) * shape.weights() * rows * steps / flops)
     full = int(k.get("eval_tokens", 20_000))
     return Cost(full, 2, 800 + 2 * weights_mb, base + 8 * shape.weights() * full / flops)
 

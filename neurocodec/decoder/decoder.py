@@ -671,8 +671,8 @@ def climb(
         log_p_nV = lm.unembed(b.at(last_BTD)).float().log_softmax(-1)
         p_nV, next_n, doc_n = log_p_nV.exp(), b.at(tokens_BT.roll(-1, 1)), packed.doc_NT[rows][score_BT]
         out.add(doc_n, n=torch.ones(len(doc_n)))
-        for name, arm in {"model": lambda b: log_p_nV, **arms}.items():
-            out.add(doc_n, **{f"{name}.{k}": v for k, v in compare(log_p_nV, p_nV, arm(b), next_n).items()})
+        for name, arm in [("model", None), *arms.items()]:
+            out.add(doc_n, **{f"{name}.{k}": v for k, v in compare(log_p_nV, p_nV, arm(b) if arm else log_p_nV, next_n).items()})
     return out
 
 # %% ../../nbs/20_decoder.ipynb #9e491cad

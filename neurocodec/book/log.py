@@ -143,7 +143,7 @@ SAE = (
 DECODER = (
     Criterion("decoder.kl_supervised", "Features predict the next token, supervised", "KL(frozen ‖ decoder), nats per valid token, before reinforcement learning", "< 1.5 nats", "20_decoder", "kl"),
     Criterion("decoder.accuracy_supervised", "… and pick the model's own token", "share of tokens on which both put the same token first", "> 75 %", "20_decoder", "agreement"),
-    Criterion("decoder.kl", "The trained policy is faithful", "KL(frozen ‖ decoder), nats per valid token", "< 0.5 nats", "21_policy", "kl"),
+    Criterion("decoder.kl", "The trained policy is faithful", "KL(frozen ‖ policy), nats per valid token, in contexts cut to chapter 21's `window`", "< 0.5 nats", "21_policy", "kl"),
     Criterion("decoder.accuracy_loss", "… and nearly as accurate", "drop of next-token accuracy, as a share of the frozen model's", "< 3 %", "21_policy", "accuracy_loss_relative"),
     Criterion("decoder.ood", "It holds out of domain", "accuracy on domains left out of training, over the frozen model's there", "> 80 %", "25_evaluate", "ood"),
     Criterion("importance.top10", "Few features carry a prediction", "share of the total effect held by the ten strongest features", "≥ 30 %", "22_importance", "top10"),
@@ -199,7 +199,7 @@ def chosen_layer(entries: list[Entry]) -> int | None:
 CONTROLS = {"pca": "PCA, equal rank", "untrained": "untrained", "random_model": "fresh weights", "random": "random directions",
             "matched": "same, fewer tokens", "bigram": "bigram", "tuned": "tuned lens", "tokens": "tokens for features", "shuffled": "shuffled codes",
             "supervised": "before reinforcement learning", "random_reward": "random rewards", "random_gate": "as many random features"}  # the parts of a metric's name that make it a control, and what they are called in print
-SAME = ("matched", "supervised")  # of these, what is the same method; that it meets a target too takes nothing away
+SAME = ("matched",)  # of these, what is the same method; that it meets a target too takes nothing away
 
 def rivals(t: Target, beside: dict[str, Any]) -> list[str]:
     "The controls that meet a target as well; `beside` has their values, and bounds as `name.low` and `name.high`."

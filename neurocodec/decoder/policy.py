@@ -684,19 +684,28 @@ class Equivalence(NamedTuple):
     p_below: float  # that the mean is not above minus the margin
     p_above: float  # that it is not below plus the margin
 
+    margin: float
+
     @property
     def p(self) -> float:
         "Of equivalence: the larger of the two."
         return max(self.p_below, self.p_above)
 
+    @property
+    def verdict(self) -> str:
+        "In words, from tests at 5 %: of equivalence, of a gain above the margin, and of none as large."
+        if self.p < .05: return "equal to the start" + (", a little better" if self.low > 0 else ", a little worse" if self.high < 0 else "")
+        if self.low > self.margin: return "better by the margin"
+        return "no gain of the margin, and not equal" if self.p_above < .05 else "better, perhaps by the margin" if self.low > 0 else "not decided"
+
 def tost(difference_S, margin: float) -> Equivalence:
     "Is the mean of differences, one for each seed, within the margin? NaN with fewer than two seeds."
     d = np.asarray(difference_S, float)
     n, mean = len(d), float(d.mean())
-    if n < 2: return Equivalence(mean, *[float("nan")] * 4)
+    if n < 2: return Equivalence(mean, *[float("nan")] * 4, margin)
     se, half = float(d.std(ddof=1) / n ** .5), stats.t.ppf(.95, n - 1)
-    if se == 0: return Equivalence(mean, mean, mean, float(mean <= -margin), float(mean >= margin))
-    return Equivalence(mean, mean - half * se, mean + half * se, float(stats.t.sf((mean + margin) / se, n - 1)), float(stats.t.cdf((mean - margin) / se, n - 1)))
+    if se == 0: return Equivalence(mean, mean, mean, float(mean <= -margin), float(mean >= margin), margin)
+    return Equivalence(mean, mean - half * se, mean + half * se, float(stats.t.sf((mean + margin) / se, n - 1)), float(stats.t.cdf((mean - margin) / se, n - 1)), margin)
 
 def paired(a_S, b_S) -> float:
     "Two-sided p of a paired t-test; 1 where all differences are zero, 0 where all are the same and not zero, NaN with fewer than two seeds."

@@ -150,9 +150,12 @@ class Store:
         if layer not in found:
             raise UserError(f"{folder}: no activations of layer {layer} (found: {', '.join(map(str, found)) or 'none'}); add it to `layers` and {again}")
         if isinstance(source, Folder): source.path(f"L{layer}.json")
-        meta, path = json.loads((folder/f"L{layer}.json").read_text()), folder/f"L{layer}.bin"
-        kind = DTYPES[meta["dtype"]][1]
-        size, expected = path.stat().st_size if path.exists() else 0, meta["n"] * meta["d"] * kind.itemsize
+        path = folder/f"L{layer}.bin"
+        try:
+            meta = json.loads((folder/f"L{layer}.json").read_text())
+            kind = DTYPES[meta["dtype"]][1]
+            size, expected = path.stat().st_size if path.exists() else 0, meta["n"] * meta["d"] * kind.itemsize
+        except (ValueError, KeyError, TypeError) as e: raise UserError(f"{short_path(folder)}/L{layer}.json: damaged ({type(e).__name__}: {e}); {again}") from None
         if size != expected:
             what = f"{short_path(path)}: expected {expected:,} bytes ({meta['n']:,} x {meta['d']} {meta['dtype']}), found {size:,}"
             raise source.damaged(what) if isinstance(source, Folder) else UserError(f"{what}; {again}")
@@ -241,6 +244,7 @@ def plan_collection(
     layers = sorted(set(layers))
     wrong = [i for i in layers if not 0 <= i < lm.n_layers]
     if wrong or not layers: raise UserError(f"layers: {wrong or layers} not in {lm.name}, which has blocks 0 to {lm.n_layers - 1}")
+    if n_tokens < 0 or batch < 1: raise UserError(f"n_tokens = {n_tokens}, batch = {batch}: expected at least 0 tokens (0 = all) and 1 context per pass")
     rows = choose_rows(packed.doc_NT, kept_tokens(packed.tokens_NT, packed.doc_NT, opening_token(lm), skip_bos), n_tokens, seed)
     chosen = torch.unique(rows.context_N).long()
     text = hashlib.sha256(packed.tokens_NT[chosen].int().numpy().tobytes()).hexdigest()[:16]
@@ -259,7 +263,8 @@ def collect(
     seed: int = 0,          # draws contexts where not all are wanted
     save_every: float = 10, # seconds between two cursors
 ) -> dict[int, Store]:
-    "Activations of all `layers` from one pass, on disk; killed at any moment, the same call resumes to the same bytes."
+    """Activations of all `layers` from one pass, on disk; killed at any moment, the same call resumes to the same bytes. The folder is this
+    collection's own: what another one left there is removed, since its rows may be others."""
     plan, folder = plan_collection(lm, packed, layers, dtype, n_tokens, skip_bos, batch, seed), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if _finished(folder, plan): return {i: Store.open(folder, i) for i in plan.layers}

@@ -171,11 +171,11 @@ def reference_batch(d: Dictionary, n: int = 64, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def disagreement(d: Dictionary, other: Callable, seed: int = 0) -> float:
-    "‖d(x) − other(x)‖ / ‖other(x)‖ over a reference batch, at the third quartile: rounding may decide who is among the k largest, here and there."
+    "‖d(x) − other(x)‖ / ‖other(x)‖ over a reference batch, at its 95th percentile: rounding may decide who is among the k largest, here and there."
     x_nD = reference_batch(d, seed=seed)
     got, want = d(x_nD.to(d.W_enc.device)).cpu(), other(x_nD)
     length_n = torch.linalg.vector_norm(want, dim=1).clamp_min(1e-12)
-    return float((torch.linalg.vector_norm(got - want, dim=1) / length_n).quantile(.75))
+    return float((torch.linalg.vector_norm(got - want, dim=1) / length_n).quantile(.95))
 
 # %% ../../nbs/15_formats.ipynb #203f8608
 NAMES = {"W_enc": ("W_enc", "w_enc", "encoder.weight"), "W_dec": ("W_dec", "w_dec", "decoder.weight"),
@@ -432,8 +432,13 @@ def read_dictionary(
     if path.is_file() and path.name in ("dictionary.json", "dictionary.safetensors"): path = path.parent
     if kind == "neurocodec" or kind == "auto" and (path / "dictionary.json").exists(): return load_dictionary(path)
     name, file = find_format(path, kind)
-    f = FORMATS[name].read(file)
-    if scale is not None: f = replace(f, scale=float(scale))
+    try:
+        f = FORMATS[name].read(file)
+        if scale is not None: f = replace(f, scale=float(scale))
+        if isinstance(f.k, bool) or not isinstance(f.scale, (int, float, type(None))): raise ValueError(f"k = {f.k!r}, scale = {f.scale!r}")
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, RuntimeError) as e:
+        if isinstance(e, UserError): raise
+        raise UserError(f"{short_path(file)}: not what {name} writes ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no detail'})") from None
     if f.scale is None or not f.scale > 0:
         raise UserError(f"{short_path(file)}: was trained on scaled activations, but its folder does not have the factor; give it as scale = √D / mean length of an activation vector")
     if f.kind == "topk" and f.k > len(f.b_enc): raise UserError(f"{short_path(file)}: k = {f.k}, but there are {len(f.b_enc)} features")
@@ -501,6 +506,7 @@ def convert(
 ) -> str:                        # one line on what was done
     "Convert a dictionary from any format that is read to one that is written, and check what was written."
     if to not in WRITERS: raise UserError(f"--to {to}: expected {', '.join(WRITERS)}")
+    if Path(dst).is_file(): raise UserError(f"{short_path(dst)}: is a file; give a folder to write")
     dst, d = Path(dst), read_dictionary(src, kind, scale)
     mine = "dictionary.safetensors" if to == "neurocodec" else FORMATS[to].weights
     for name in {*(f.weights for f in FORMATS.values() if "*" not in f.weights), "dictionary.safetensors"} - {mine}:

@@ -298,7 +298,7 @@ def preactivations(
 def _largest(x_BM: Tensor, k: int) -> Tensor:
     "(B, k) columns of each row's k largest entries, ascending; 0 < k < M."
     if x_BM.is_cuda: return x_BM.topk(k, sorted=False).indices.sort(1).values
-    a, out, m = x_BM.detach().numpy(), np.empty((len(x_BM), k), np.int64), x_BM.shape[1]
+    a, out, m = (x_BM.float() if x_BM.dtype == torch.bfloat16 else x_BM).detach().numpy(), np.empty((len(x_BM), k), np.int64), x_BM.shape[1]
     for i in range(0, len(a), 64):
         rows, into = a[i:i + 64], out[i:i + 64]
         last = _kth_largest(rows, k)[:, None]
@@ -380,7 +380,8 @@ def support_where(mask_BF: Tensor) -> Support:
 
 # %% ../../nbs/10_sparse.ipynb #1a026765
 HALF = 2.**-8  # largest relative error of rounding to bfloat16
-HAS_BF16 = any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))  # in hardware
+HAS_BF16 = os.environ.get("NEUROCODEC_BF16") != "0" and any(  # in hardware, as far as this torch can tell
+    getattr(torch.cpu, name)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if hasattr(torch.cpu, name))
 
 def rectangle(values_n: Tensor, s: Support, fill: float = 0) -> Tensor:
     "(B, width of the widest row) values of a support, row by row; differentiable."
@@ -402,11 +403,13 @@ def _rough(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor) -> tuple[Tensor, Ten
     longest, lost = torch.stack(lengths).max(0).values
     torch.addmm(b_enc_F.bfloat16(), x16_BD, W16_FD.T, out=rough_BF)
     size_B, lost_B = _length(x_BD), _length(x_BD - x16_BD)
-    slack_B = lost_B * longest + (size_B + lost_B) * lost + d * 2**-23 * size_B * longest + 3 * HALF * b_enc_F.abs().max()
-    return rough_BF, slack_B
+    slack_B = lost_B * longest + (size_B + lost_B) * lost   # of the factors
+    slack_B += d * 2**-23 * size_B * longest                # of the product's own additions, in float32
+    slack_B += 3 * HALF * b_enc_F.abs().max()               # of the bias, and of rounding a sum that holds it
+    return rough_BF, slack_B.where((size_B > 1e-12) & (longest > 1e-12), torch.inf)  # squares of smaller numbers vanish, and their lengths with them
 
 def _length(x_ND): return torch.linalg.vector_norm(x_ND, dim=1)
-def _at_least(rough, slack): return rough * (1 - 2 * HALF) - slack  # what a positive number is in truth
+def _at_least(rough, slack): return rough * (1 - 2 * HALF) - slack  # what a positive number is in truth, its result rounded twice; and, as 1/(1 + 2·HALF) is more, what one that large looks like
 
 # %% ../../nbs/10_sparse.ipynb #63996e6d
 def _screened(x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, k: int, by_batch: bool) -> tuple[Support, Tensor] | None:
@@ -436,12 +439,13 @@ def largest(
     x_BD: Tensor, W_enc_FD: Tensor, b_enc_F: Tensor, b_dec_D: Tensor | None,
     k: int,                       # features per row
     by_batch: bool = False,       # k·B of the whole batch, only positive ones, instead of k of each row
-    screen: bool | None = None,   # look in bfloat16 first; None = where that is faster
+    screen: bool | None = None,   # look in bfloat16 first, if these are float32 on a CPU; None = where that is faster
 ) -> tuple[Support, Tensor]:
     "Where the largest pre-activations stand and what they are, without gradients; exact either way."
     f = len(W_enc_FD)
     if not 0 <= k <= f: raise UserError(f"k = {k}: expected 0 to {f}, the number of features")
-    if screen is None: screen = HAS_BF16 and x_BD.device.type == "cpu" and x_BD.dtype == torch.float32 and min(x_BD.shape) >= 256  # below, the look costs more than it saves
+    if screen is None: screen = HAS_BF16 and min(x_BD.shape) >= 256  # below, the look costs more than it saves
+    screen = screen and x_BD.device.type == "cpu" and x_BD.dtype == W_enc_FD.dtype == torch.float32
     found = _screened(_centred(x_BD, b_dec_D), W_enc_FD, b_enc_F, k, by_batch) if screen and 0 < 4 * k <= f and len(x_BD) else None
     if found is not None: return found
     pre_BF = preactivations(x_BD, W_enc_FD, b_enc_F, b_dec_D)
@@ -459,7 +463,7 @@ def from_codes(codes: Codes, n_features: int) -> tuple[Tensor, Support]:
     "(values, support) of a rectangle; an index that no feature has is a UserError."
     indices_Bk = codes.indices_Bk
     if indices_Bk.numel() and not (0 <= indices_Bk.min() and indices_Bk.max() < n_features):
-        raise UserError(f"codes name feature {int(indices_Bk.max())}; the dictionary has features 0 to {n_features - 1}")
+        raise UserError(f"codes name feature {int(indices_Bk.min() if indices_Bk.min() < 0 else indices_Bk.max())}; the dictionary has features 0 to {n_features - 1}")
     return codes.values_Bk.flatten(), Support.rectangle(indices_Bk, n_features)
 
 # %% ../../nbs/10_sparse.ipynb #ed6c85f2

@@ -436,13 +436,13 @@ def read_dictionary(
         f = FORMATS[name].read(file)
         if scale is not None: f = replace(f, scale=float(scale))
         if isinstance(f.k, bool) or not isinstance(f.scale, (int, float, type(None))): raise ValueError(f"k = {f.k!r}, scale = {f.scale!r}")
+        if f.scale is None or not f.scale > 0:
+            raise UserError(f"{short_path(file)}: was trained on scaled activations, but its folder does not have the factor; give it as scale = √D / mean length of an activation vector")
+        if f.kind == "topk" and f.k > len(f.b_enc): raise UserError(f"{short_path(file)}: k = {f.k}, but there are {len(f.b_enc)} features")
+        d = fold(f)
     except (TypeError, ValueError, KeyError, AttributeError, IndexError, RuntimeError) as e:
         if isinstance(e, UserError): raise
         raise UserError(f"{short_path(file)}: not what {name} writes ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no detail'})") from None
-    if f.scale is None or not f.scale > 0:
-        raise UserError(f"{short_path(file)}: was trained on scaled activations, but its folder does not have the factor; give it as scale = √D / mean length of an activation vector")
-    if f.kind == "topk" and f.k > len(f.b_enc): raise UserError(f"{short_path(file)}: k = {f.k}, but there are {len(f.b_enc)} features")
-    d = fold(f)
     gap = disagreement(d, lambda x_nD: own_formula(f, x_nD)[1])
     if not gap < 1e-4: raise UserError(f"{short_path(file)}: read as {name}, it differs from that format's own formula by {gap:.1e} on a reference batch; it is not used")
     d.meta |= {"format": name, "source": str(spec) if str(spec).startswith("hf:") else short_path(path)}

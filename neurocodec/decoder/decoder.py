@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['KINDS', 'STARTS', 'TENSORS', 'ABOUT', 'PRECISIONS', 'VIEWS', 'CURVES', 'CHECKPOINT', 'BINS', 'MEANS', 'Passage',
            'spread_codes', 'read_codes', 'Readout', 'plain_norm', 'borrow_readout', 'cap_at', 'DecoderConfig', 'turns',
-           'rotate', 'Block', 'Decoder', 'create_decoder', 'model_shape', 'copy_blocks', 'TokenRows', 'token_rows',
-           'save_decoder', 'load_decoder', 'TrainDecoderConfig', 'Job', 'shuffle_view', 'token_view', 'autocast',
-           'Trainer', 'Reader', 'hash_seed', 'get_state', 'set_state', 'save_checkpoint', 'load_checkpoint',
+           'rotate', 'Block', 'Decoder', 'create_decoder', 'model_shape', 'copy_blocks', 'Coordinates', 'TokenRows',
+           'token_rows', 'save_decoder', 'load_decoder', 'TrainDecoderConfig', 'Job', 'shuffle_view', 'token_view',
+           'autocast', 'Trainer', 'Reader', 'hash_seed', 'get_state', 'set_state', 'save_checkpoint', 'load_checkpoint',
            'shared_config', 'job_key', 'finished', 'train_decoders', 'train_decoder', 'Batch', 'compare', 'climb',
            'rungs', 'decoder_arm']
 
@@ -111,13 +111,13 @@ def cap_at(z: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(z / cap) if cap else z
 
 # %% ../../nbs/20_decoder.ipynb #6b583708
-KINDS, STARTS = ("linear", "attention"), ("fresh", "readout", "lens", "model")
+KINDS, STARTS = ("linear", "mlp", "attention"), ("fresh", "readout", "lens", "model")
 
 @dataclass(frozen=True)
 class DecoderConfig:
     "What a decoder is."
     kind: str = "attention"
-    "`linear` or `attention`."
+    "`linear`, `mlp` or `attention`."
     n_features: int = 1920
     "Rows F of the table: features of the dictionary."
     d_vocab: int = 4096
@@ -146,13 +146,13 @@ class DecoderConfig:
     def __post_init__(self):
         def must(ok, name, want):
             if not ok: raise UserError(f"{name} = {getattr(self, name)!r}: expected {want}")
-        must(self.kind in KINDS, "kind", " or ".join(KINDS))
+        must(self.kind in KINDS, "kind", ", ".join(KINDS))
         must(self.start in STARTS, "start", ", ".join(STARTS))
         must(self.norm in ("rms", "layer", "none"), "norm", "rms, layer or none")
         must(min(self.n_features, self.d_vocab, self.width) > 0, "width", "positive sizes")
-        must(self.kind == "linear" or self.layers > 0, "layers", "at least 1 for the attention kind")
+        must(self.kind == "linear" or self.layers > 0, "layers", "at least 1 for a kind with blocks")
         must(self.heads > 0 and self.width % (2 * self.heads) == 0, "heads", f"a number that divides width = {self.width} into even parts")
-        must(self.start != "model" or self.kind == "attention", "start", "fresh, readout or lens for the linear kind")
+        must(self.start != "model" or self.kind == "attention", "start", f"fresh, readout or lens for the {self.kind} kind")
 
     @property
     def mlp(self) -> int:
@@ -171,22 +171,25 @@ def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
     return x * turn[0] + torch.cat([-b, a], -1) * turn[1]
 
 class Block(nn.Module):
-    "Causal self-attention and a gated MLP, each behind an RMS norm and added to the stream: the block of Llama models."
+    "Causal self-attention (not in the `mlp` kind) and a gated MLP, each behind an RMS norm and added to the stream: the block of Llama models."
     def __init__(self, c: DecoderConfig):
         super().__init__()
         W, M = c.width, c.mlp
-        self.heads, self.eps = c.heads, c.eps
-        self.gain_attn_W, self.gain_mlp_W = nn.Parameter(torch.ones(W)), nn.Parameter(torch.ones(W))
-        self.qkv, self.out = nn.Linear(W, 3 * W, bias=False), nn.Linear(W, W, bias=False)
+        self.heads, self.eps = c.heads if c.kind == "attention" else 0, c.eps
+        if self.heads:
+            self.gain_attn_W = nn.Parameter(torch.ones(W))
+            self.qkv, self.out = nn.Linear(W, 3 * W, bias=False), nn.Linear(W, W, bias=False)
+        self.gain_mlp_W = nn.Parameter(torch.ones(W))
         self.gate_up, self.down = nn.Linear(W, 2 * M, bias=False), nn.Linear(M, W, bias=False)
 
     def forward(self, x_BTW: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
         "(B, T, W) stream after the block."
         B, T, W = x_BTW.shape
-        qkv = self.qkv(F.rms_norm(x_BTW, (W,), self.gain_attn_W, self.eps))
-        q, k, v = qkv.view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, T, size)
-        a = F.scaled_dot_product_attention(rotate(q, turn), rotate(k, turn), v, is_causal=True)
-        x_BTW = x_BTW + self.out(a.transpose(1, 2).reshape(B, T, W))
+        if self.heads:
+            qkv = self.qkv(F.rms_norm(x_BTW, (W,), self.gain_attn_W, self.eps))
+            q, k, v = qkv.view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, T, size)
+            a = F.scaled_dot_product_attention(rotate(q, turn), rotate(k, turn), v, is_causal=True)
+            x_BTW = x_BTW + self.out(a.transpose(1, 2).reshape(B, T, W))
         gate, up = self.gate_up(F.rms_norm(x_BTW, (W,), self.gain_mlp_W, self.eps)).chunk(2, -1)
         return x_BTW + self.down(F.silu(gate) * up)
 
@@ -198,8 +201,8 @@ class Decoder(nn.Module):
         c, W = config, config.width
         self.config, self.meta = c, {}
         self.E_FW, self.b_W, self.open_W = nn.Parameter(torch.zeros(c.n_features, W)), nn.Parameter(torch.zeros(W)), nn.Parameter(torch.zeros(W))
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers if c.kind == "attention" else 0))
-        self.map = nn.Linear(W, W) if c.kind == "attention" else nn.Identity()
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers if c.kind != "linear" else 0))
+        self.map = nn.Linear(W, W) if c.kind != "linear" else nn.Identity()
         self.U_VW, self.b_V = nn.Parameter(torch.zeros(c.d_vocab, W)), nn.Parameter(torch.zeros(c.d_vocab))
 
     def features(self, values_BTk: Tensor, indices_BTk: Tensor, mask_BT: Tensor | None = None) -> Tensor:
@@ -248,9 +251,10 @@ def create_decoder(
         torch.manual_seed(seed)
         d = Decoder(c)
         for block in d.blocks:
-            for w in (block.qkv.weight, block.gate_up.weight): w.normal_(0, c.width ** -.5)
-            for w in (block.out.weight, block.down.weight): w.zero_()  # every block starts as the identity
-        if c.kind == "attention": nn.init.eye_(d.map.weight); d.map.bias.zero_()
+            for name, w in block.named_parameters():  # what is added starts at zero, so every block as the identity
+                if name in ("qkv.weight", "gate_up.weight"): w.normal_(0, c.width ** -.5)
+                elif w.ndim > 1: w.zero_()
+        if c.kind != "linear": nn.init.eye_(d.map.weight); d.map.bias.zero_()
         if c.start == "fresh":
             for w in (d.E_FW, d.U_VW): w.normal_(0, c.width ** -.5)
             return d if lm is None else d.to(lm.device)
@@ -268,7 +272,7 @@ def _start_at_lens(d: Decoder, lens: Lens) -> None:
     "Put the tuned lens of the decoder's layer into its map, or, where it has none, into its table."
     if (l := d.config.layer) == len(lens.A_LDD) - 1: return
     A_DD, b_D = lens.A_LDD[l + 1], lens.b_LD[l + 1]
-    if d.config.kind == "attention":
+    if d.config.kind != "linear":
         d.map.weight.add_(A_DD); d.map.bias.copy_(b_D)
         return
     d.E_FW.add_(d.E_FW @ A_DD.T)
@@ -304,6 +308,18 @@ def copy_blocks(d: Decoder, lm: LM) -> None:
     if (d.unembed(d.map(x)) - want).norm() > .02 * want.norm(): raise UserError(f"start = model: the blocks of {lm.name} are not Llama's; use lens")
 
 # %% ../../nbs/20_decoder.ipynb #762406c3
+class Coordinates(nn.Module):
+    "The stream's own coordinates in the place of a dictionary's features: no bottleneck."
+    def __init__(self, d_model: int):
+        super().__init__()
+        self.register_buffer("W_dec", torch.eye(d_model))
+        self.register_buffer("b_dec", torch.zeros(d_model))
+        self.n_features = d_model
+
+    def encode(self, x_BD: Tensor) -> Codes:
+        "Every coordinate with its own number."
+        return Codes(x_BD, torch.arange(self.n_features, device=x_BD.device).expand(x_BD.shape))
+
 class TokenRows(NamedTuple):
     "A model's tokens in the place of features: what `create_decoder` takes from a dictionary."
     W_dec: Tensor  # (V, D) the stream before the first block

@@ -51,7 +51,7 @@ def places(p, n=8, seed=0):
 def test_a_linear_output_has_exact_attributions(seed):
     p, at = pool(seed=seed), None
     output, at = decoder_output(decoder("linear", "none")), places(p, seed=seed)
-    want = attribute(output, p, kl=False).margin_BTk[tuple(at.T)]
+    want = attribute(output, p, draws=0).margin_BTk[tuple(at.T)]
     assert torch.allclose(ablate(output, p, at).margin_R, want, atol=1e-5)
     assert torch.allclose(integrate(output, p, 3)[tuple(at.T)], want, atol=1e-5)
 
@@ -72,7 +72,7 @@ def test_other_architectures(kind):
         kl = (torch.nn.functional.kl_div(gone.log_softmax(-1), z[c:c + 1].softmax(-1), reduction="none").sum(-1) * p.score_BT[c]).sum()
         assert abs(found.margin_R[i] - m) < 1e-3 and abs(found.kl_R[i] - kl) < 1e-4
     near = ablate(output, p, at, .99 * p.values_BTk[tuple(at.T)]).margin_R * 100  # a step small enough to be straight
-    assert torch.allclose(near, attribute(output, p, kl=False).margin_BTk[tuple(at.T)], atol=.05 * near.abs().max().item() + .01)
+    assert torch.allclose(near, attribute(output, p, draws=0).margin_BTk[tuple(at.T)], atol=.05 * near.abs().max().item() + .01)
     assert direct_logits(lm, d, p, borrow_readout(lm)).shape == p.values_BTk.shape
 
 

@@ -88,25 +88,25 @@ def divergence(p: Clean, z_BTV: Tensor) -> Tensor:
 class Attribution(NamedTuple):
     "Estimated effects of removing each active feature, (B, T, k), summed over the scored positions of its context."
     margin_BTk: Tensor  # nats, positive where the feature supports the output's choice
-    kl_BTk: Tensor      # nats, from one draw of signs: noisy, to be averaged
+    kl_BTk: Tensor      # nats, from a few draws of signs: noisy, to be averaged
 
 def attribute(
     output: Output,
     pool: Pool,
     batch: int = 8,      # contexts per pass; their logits are in memory
     seed: int = 0,       # of the drawn signs
-    kl: bool = True,     # without it the second backward pass is saved
+    draws: int = 1,      # of signs, each a backward pass; 0 leaves the KL out
 ) -> Attribution:
-    "Attributions of all features at all positions: one forward and two backward passes a batch."
+    "Attributions of all features at all positions: one forward and 1 + `draws` backward passes a batch."
     g, parts = torch.Generator().manual_seed(seed), []
     for rows in progress(torch.arange(len(pool.keep_BT)).split(batch), desc="attribution"):
         p = pool.take(rows)
         values = p.values_BTk.clone().requires_grad_()
         z_BTV = output(p, values)
-        by_margin = torch.autograd.grad((margin(z_BTV, choices(z_BTV)) * p.score_BT).sum(), values, retain_graph=kl)[0]
-        by_sign = torch.zeros_like(values)
-        if kl: by_sign = torch.autograd.grad((signed_log_prob(z_BTV, g) * p.score_BT).sum(), values)[0]
-        parts.append(Attribution(p.values_BTk * by_margin, (p.values_BTk * by_sign).square() / 2))
+        def slope(x_BT, last): return torch.autograd.grad((x_BT * p.score_BT).sum(), values, retain_graph=not last)[0]
+        by_margin, square = slope(margin(z_BTV, choices(z_BTV)), draws == 0), torch.zeros_like(p.values_BTk)
+        for i in range(draws): square += slope(signed_log_prob(z_BTV, g), i == draws - 1).square() / draws
+        parts.append(Attribution(p.values_BTk * by_margin, p.values_BTk.square() * square / 2))
     return Attribution(*(torch.cat(x) for x in zip(*parts)))
 
 def signed_log_prob(z_BTV: Tensor, g: torch.Generator) -> Tensor:

@@ -103,9 +103,11 @@ def attribute(
         p = pool.take(rows)
         values = p.values_BTk.clone().requires_grad_()
         z_BTV = output(p, values)
-        def slope(x_BT, last): return torch.autograd.grad((x_BT * p.score_BT).sum(), values, retain_graph=not last)[0]
-        by_margin, square = slope(margin(z_BTV, choices(z_BTV)), draws == 0), torch.zeros_like(p.values_BTk)
-        for i in range(draws): square += slope(signed_log_prob(z_BTV, g), i == draws - 1).square() / draws
+        (by_margin,) = torch.autograd.grad((margin(z_BTV, choices(z_BTV)) * p.score_BT).sum(), values, retain_graph=draws > 0)
+        square = torch.zeros_like(p.values_BTk)
+        for i in range(draws):
+            (by_sign,) = torch.autograd.grad((signed_log_prob(z_BTV, g) * p.score_BT).sum(), values, retain_graph=i < draws - 1)
+            square += by_sign.square() / draws
         parts.append(Attribution(p.values_BTk * by_margin, p.values_BTk.square() * square / 2))
     return Attribution(*(torch.cat(x) for x in zip(*parts)))
 

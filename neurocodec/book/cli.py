@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .log import clock
 from ..core.engine import Job, cost, drop_stale_stamps, is_done, jobs, machine_flops, model_shape, pairs
-from ..core.run import Folder, RunParams, UserError, end_with_parent, read_params, results, root, short_path
+from ..core.run import Folder, RunParams, UserError, atomic, check_run, end_with_parent, read_params, results, root, short_path
 
 # %% ../../nbs/53_cli.ipynb #216ef40f
 def _amount(n: float) -> str:
@@ -168,6 +168,12 @@ def parser() -> argparse.ArgumentParser:
     validate.add_argument("--layer", type=int, action="append", help="only this layer; may be repeated")
     validate.add_argument("--seeds", type=int, help="of every arm; other than the file's, they make the chapter again")
     validate.add_argument("--cores", type=int, help="processes at a time (profiles/default says 2)")
+    explain = sub.add_parser("explain", help="say which features a prediction rests on")
+    explain.add_argument("text", help="the prediction after this text is explained")
+    explain.add_argument("--run", default="nano", help="a finished run below results/ (nano)")
+    explain.add_argument("--layer", type=int, help="layer whose features explain; the first that the run has explained, if not given")
+    explain.add_argument("--of", default="model", help="`model`, or one of chapter 20's decoders, such as `attention`")
+    explain.add_argument("--html", default="", metavar="FILE", help="write an HTML fragment instead")
     sub.add_parser("chapters", help="list the chapters and their knobs")
     return top
 
@@ -179,6 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         if a.command == "book": return _book(a.out)
         if a.command == "convert": return _convert(a.src, a.dst, a.to, a.kind, a.scale)
         if a.command == "validate-rewards": return _validate(a.params, a.layer, a.seeds, a.cores)
+        if a.command == "explain": return _explain(a.text, a.run, a.layer, a.of, a.html)
         return _chapters()
     except UserError as e:
         print(f"neurocodec: {e}", file=sys.stderr)
@@ -196,6 +203,21 @@ def _book(out: str) -> int:
 def _convert(src: str, dst: str, to: str, kind: str, scale: float | None) -> int:
     from neurocodec.sae.formats import convert  # torch and readers, needed here only
     print(convert(src, dst, to, kind, scale))
+    return 0
+
+def _explain(text: str, run: str, layer: int | None, of: str, html: str) -> int:
+    check_run(run, "--run")
+    have = sorted(int(p.parent.name[1:]) for p in (results() / run).glob("L[0-9]*/24_explain"))
+    if not have or layer is not None and layer not in have:
+        raise UserError(f"run {run} has explained {'no layer' if not have else 'layers ' + ', '.join(map(str, have))}; `neurocodec run params/{run}.yaml --until explain` does it for all of its layers")
+    os.environ.setdefault("NEUROCODEC_QUIET", "1")  # an answer of seconds needs no bars
+    from neurocodec.decoder.explain import explain_text, to_html, to_terminal  # torch and transformers, needed here only
+    e = explain_text(text, run, have[0] if layer is None else layer, of)
+    if html:
+        with atomic(html) as tmp: tmp.write_text(str(to_html(e)), encoding="utf8")
+    else:
+        from rich.console import Console
+        Console().print(to_terminal(e))
     return 0
 
 def _validate(path: str, layers: list[int] | None, seeds: int | None, cores: int | None) -> int:

@@ -146,7 +146,7 @@ DECODER = (
     Criterion("decoder.kl", "The trained policy is faithful", "KL(frozen ‖ policy), nats per valid token, in contexts cut to chapter 21's `window`", "< 0.5 nats", "21_policy", "kl"),
     Criterion("decoder.accuracy_loss", "… and nearly as accurate", "drop of next-token accuracy, as a share of the frozen model's", "< 3 %", "21_policy", "accuracy_loss_relative"),
     Criterion("decoder.ood", "It holds out of domain", "accuracy on domains left out of training, over the frozen model's there", "> 80 %", "25_evaluate", "ood"),
-    Criterion("importance.top10", "Few features carry a prediction", "share of the total effect held by the ten strongest features", "≥ 30 %", "22_importance", "top10"),
+    Criterion("importance.top10", "Few features carry a prediction", "share of the ten strongest features, chosen on other documents, in the sum over tokens of |effect on the frozen model's margin|, all features by attribution", "≥ 30 %", "22_importance", "top10_share"),
     Criterion("labels.share", "Features can be named", "share of live features whose label beats a deranged label on unseen text", "> 85 %", "23_labels", "share"),
 )
 
@@ -198,7 +198,8 @@ def chosen_layer(entries: list[Entry]) -> int | None:
 # %% ../../nbs/51_log.ipynb #c44615b9
 CONTROLS = {"pca": "PCA, equal rank", "untrained": "untrained", "random_model": "fresh weights", "random": "random directions",
             "matched": "same, fewer tokens", "bigram": "bigram", "tuned": "tuned lens", "tokens": "tokens for features", "shuffled": "shuffled codes",
-            "supervised": "before reinforcement learning", "random_reward": "random rewards", "random_gate": "as many random features"}  # the parts of a metric's name that make it a control, and what they are called in print
+            "supervised": "before reinforcement learning", "random_reward": "random rewards", "random_gate": "as many random features",
+            "activation_order": "order of size", "random_order": "random order"}  # the parts of a metric's name that make it a control, and what they are called in print
 SAME = ("matched",)  # of these, what is the same method; that it meets a target too takes nothing away
 
 def rivals(t: Target, beside: dict[str, Any]) -> list[str]:

@@ -1,0 +1,105 @@
+"Explanations: hostile text stays text, texts without features are refused, rankings and curves keep their properties on other architectures, and few lessons do no harm."
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neurocodec.core.lm import tiny
+from neurocodec.core.run import UserError
+from neurocodec.core.text import Packed, pack
+from neurocodec.decoder.explain import (Case, Confidence, Explanation, agreement, confirmed, cut_cases, explain, faith, feature_names, matched, mean_values, narrate,
+                                        ordered, study, to_html, to_terminal, train_narrator, wilson)
+from neurocodec.decoder.importance import Pool, ablate, model_output, read_contexts
+from neurocodec.decoder.decoder import borrow_readout
+from neurocodec.decoder.policy import Gate
+from neurocodec.sae.dictionary import DictionaryConfig, create_dictionary
+
+
+def parts(kind):
+    lm = tiny(kind)
+    lm.tokenizer = SimpleNamespace(bos_token_id=1, eos_token_id=2, decode=lambda ids: f"<t{ids[0]}>")
+    ids = [torch.randint(3, 90, (14 + i,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(4)]
+    d = create_dictionary(DictionaryConfig(d_model=32, n_features=40, k=5))
+    return lm, d, model_output(lm, d, 1), read_contexts(lm, d, Packed(*pack(ids, 16, 1), pd.DataFrame(index=range(4))), 1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_a_case_agrees_with_ablation_of_the_whole_context(kind):
+    lm, d, output, pool = parts(kind)
+    cut = cut_cases(pool)[0]
+    case = study(output, cut)
+    only_last = cut._replace(score_BT=torch.zeros_like(cut.score_BT).index_fill_(1, torch.tensor([cut.keep_BT.shape[1] - 1]), True))
+    at = torch.tensor([[0, cut.keep_BT.shape[1] - 1, j] for j in range(5)])
+    assert np.allclose(case.effect_k, ablate(output, only_last, at).margin_R, atol=1e-4)
+    order = ordered(case.effect_k, case.values_k > 0)
+    a, b = faith(output, case, [order, order[::-1]], mean_values(pool, 40)[case.features_k])
+    assert all(0 <= x.deletion <= 1 and 0 <= x.insertion <= 1 for x in (a, b))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 90))
+def test_matched_orders_keep_sizes(seed, k):
+    rng = np.random.default_rng(seed)
+    size = rng.random(k)
+    order = ordered(rng.normal(size=k), np.ones(k, bool))
+    other = matched(order, size, rng)
+    assert sorted(other) == list(range(k))
+    rank = np.argsort(np.argsort(-size, kind="stable"))
+    assert (rank[order] // 8 == rank[other] // 8).all()
+
+
+def shown(lm, d, output, text):
+    lm.encode = lambda texts: (torch.tensor([[1, *map(ord, texts[0])]]) % 96, None)
+    return explain(lm, d, output, 1, text, [f"<img src=x {f}>" for f in range(40)], Confidence(1., [0] * 10, [0] * 10), Gate(40))
+
+
+def test_everything_foreign_is_escaped():
+    lm, d, output, _ = parts("llama")
+    e = shown(lm, d, output, "<script>'&\"</script>\u202e")
+    html = to_html(e)
+    for bad in ("<script", "<img", "<t"): assert bad not in html.replace("<table", "").replace("<tbody", "").replace("<thead", "").replace("<tr>", "").replace("<th>", "").replace("<td", "")
+    from rich.console import Console
+    console = Console(record=True, width=200, file=open("/dev/null", "w"))
+    console.print(to_terminal(Explanation("[bold]x[/bold]", [("[red]", .5)], 0., 1., [(1, "[blink]", 1., .5)], 0., "[/]")))
+    assert "[bold]x[/bold]" in (said := console.export_text()) and "[blink]" in said and "[red]" in said  # no markup of rich's either
+
+
+def test_texts_without_features_are_refused():
+    lm, d, output, _ = parts("llama")
+    with pytest.raises(UserError, match="empty text"): shown(lm, d, output, "")
+    with pytest.raises(UserError, match="begins a text"): shown(lm, d, output, "abc" + chr(1))
+
+
+def test_trace_and_rest_are_whole():
+    lm, d, output, _ = parts("llama")
+    e = shown(lm, d, output, "some words")
+    assert len(e.trace) == 5 and e.rest == 0 and sum(p for _, p in e.choices) <= 1 + 1e-6 and (e.low, e.high) == (0, 1)
+    assert [abs(x[3]) for x in e.trace] == sorted((abs(x[3]) for x in e.trace), reverse=True)
+
+
+def test_few_lessons_do_no_harm():
+    def lesson(seed):  # effects are sizes: what the gate starts from
+        g = np.random.default_rng(seed)
+        v = g.random(8).astype("float32") + .1
+        p = Pool(*(torch.as_tensor(x)[None, None] for x in (v, g.permutation(60)[:8])), *[torch.ones(1, 1).bool()] * 2, *[torch.zeros(1, 1, 1)] * 2, torch.full((1, 1), seed))
+        return Case(p, 0, v, v, seed)
+    new = [lesson(s) for s in range(100, 140)]
+    def score(gate): return np.mean([agreement(narrate(gate, c.values_k, c.features_k, 3), c, n=3) for c in new])
+    assert score(train_narrator([lesson(s) for s in range(10)], 60)) > .85
+    assert score(train_narrator([lesson(0)], 60, steps=1)) > .5  # none can be held out
+    assert confirmed(new[0], 2) == new[0].features_k[np.argsort(-new[0].values_k)[:2]].tolist()
+
+
+def test_names_fall_back_to_tokens():
+    lm, d, _, _ = parts("gpt2")
+    assert all(n.startswith("→") for n in feature_names(d, borrow_readout(lm), str, {"features": [{"feature": 0, "label": None, "confident": True}]}))
+
+
+@given(st.integers(0, 200), st.integers(0, 200))
+def test_wilson_holds_the_share(a, b):
+    low, high = wilson(min(a, b), max(a, b))
+    assert 0 <= low <= high <= 1 and (not max(a, b) or low <= min(a, b) / max(a, b) + 1e-12 and high >= min(a, b) / max(a, b) - 1e-12)

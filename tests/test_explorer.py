@@ -380,7 +380,7 @@ def test_the_page_of_a_feature(desk, site):
     contexts, labels, importance = artefacts(2000, (HOSTILE + [f" word{i}" for i in range(200)])[:200])
     label = next(r for r in labels["features"] if r["feature"] == 300)
     assert " ".join(label["label"].split()) in text and f"{label['detection']:.2f}" in text and f"deranged {label['null_detection']:.2f}" in text and "n = 100" in text
-    assert f"{contexts['count_F'][300]:,} of 98,304" in text and f"rank {importance['rank'][300]:,}" in text and "untrained direction" in text
+    assert f"{contexts['count_F'][300]:,} of 98,304" in text and f"rank {importance['rank'][300]:,}" in text and "a random direction" in text
     assert "Top activations" in text and text.count("Interval") == 5 and "×2" in text
     bars = desk.execute_script("return [document.querySelectorAll('.logits li').length, document.querySelectorAll('.histogram rect').length, document.querySelectorAll('.list li').length]")
     assert bars[:2] == [20, 50] and bars[2] > 8

@@ -169,7 +169,7 @@
       fact("active", `${number(t.count[i])} of ${number(seen)}`, ` positions, ${percent(t.count[i], seen)}`),
       !missing(t.share[i]) && fact("top token", `${(100 * t.share[i]).toFixed(0)} %`, [" of firings are on ", el("code", {}, quoted(t.words[i].length ? t.common[i] : ""))]),
       effect,
-      c && fact("control", `${number(c.count)} of ${number(view.index.sample)}`, ` positions for untrained direction ${c.feature}, which fires as often: ${(100 * c.share).toFixed(0)} % on one token, best partner at r = ${c.partner.toFixed(2)}`));
+      c && fact("control", "a random direction", [` active at as many of ${number(view.index.sample)} sampled positions (${number(c.count)}): ${(100 * c.share).toFixed(0)} % on one token, best partner at r = ${c.partner.toFixed(2)}; `, el("code", {}, c.words.map(quoted).join("  "))]));
   };
   const logits = (f) => {
     const low = f.logits.low.toSorted((a, b) => a[1] - b[1]), high = f.logits.high.toSorted((a, b) => b[1] - a[1]), most = Math.max(...[...low, ...high].map(([, v]) => Math.abs(v)), 1e-9);
@@ -254,7 +254,7 @@
       el("dl", { class: "facts" }, n < t.total && fact("published", number(n), " here, those with the strongest effect"),
         sure !== undefined && fact("named", number(sure), " labels beat the deranged ones on other documents"),
         fact("warnings", number(count("dense")), ` dense (active on more than 10 % of positions), ${number(count("dead"))} dead, ${number(count("single"))} with 95 % of their firings on one token`),
-        !missing(t.control_single) && fact("control", number(t.control_single), ` of ${number(t.control_total)} untrained directions fire on one token`)),
+        !missing(t.control_single) && fact("control", number(t.control_single), ` of ${number(t.total)} random directions that fire as often are on one token`)),
       el("p", { class: "help keys" }, el("kbd", {}, "/"), " search  ", el("kbd", {}, "j"), " ", el("kbd", {}, "k"), " or arrows: next, previous  ", el("kbd", {}, "Esc"), " back")];
   };
 

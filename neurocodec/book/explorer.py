@@ -460,13 +460,14 @@ def dashboard(view: View, row: int) -> dict[str, Any]:
             "n_prompts_total": view.about.get("prompts", 0), "n_tokens_in_prompt": view.about.get("context", 0), "dataset": str(view.about["corpus"]), "decoder_weights_dist": [], "vector": _floats(W_D.tolist()),
             "activations": [sequence(bounds, *x) for _, bounds, members in _grouped(view, row) for x in members]}
 
-# %% ../../nbs/50_explorer.ipynb #5287ee64
+# %% ../../nbs/50_explorer.ipynb #888baed1
 def write_exports(folder: Path, view: View, n: int = -1, size: int = 128) -> list[int]:
     "Write the n published features with the strongest effect in both formats below `folder`; returns them. Without contexts there is nothing to write."
     t, a = view.table, view.about
     if view.contexts is None or n == 0: return []
     order = (t["rank"] if "rank" in t else -t["count"]).fillna(np.inf).to_numpy().argsort(kind="stable")
-    rows = sorted(int(i) for i in order if t["count"][i] > 0)[:] if n < 0 else sorted(int(i) for i in [i for i in order if t["count"][i] > 0][:n])
+    fires = [int(i) for i in order if t["count"][i] > 0]
+    rows = sorted(fires if n < 0 else fires[:n])
     dump = lambda value: json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     for i in rows:
         f = circuit_tracer(view, i)

@@ -233,7 +233,7 @@
       el("header", {}, el("span", { class: "id" }, `Feature ${t.feature[i]}`), t.flags[i].map((k) => el("i", { class: "flag" }, FLAGS[k])),
         el("span", { class: "steps" }, button("‹", "previous feature (k)", () => move(-1)), button("›", "next feature (j)", () => move(1)),
           button("⤨", "a random feature", () => go(t.feature[view.order[Math.floor(Math.random() * view.order.length)]])), button("×", "back to the list (Escape)", () => go(null)))),
-      el("h1", { dir: "auto", class: label ? "" : "words" }, visible(label || t.words[i].map(quoted).join("  ")) || "Silent on the sample"),
+      el("h1", { dir: "auto", class: !label ? "words" : label.length > 70 ? "long" : "" }, visible(label || t.words[i].map(quoted).join("  ")) || "Silent on the sample"),
       labelled(i), facts(i, f), f.logits && logits(f), f.histogram && histogram(f, max), f.contexts && (f.contexts.length ? contexts(part, f, max) : section("Contexts", "No position was found where it is active.")), relatives(f)];
   };
   const show = () => {

@@ -119,8 +119,8 @@
       el("span", { class: "what" },
         el("span", { class: label ? "label" : "label words", dir: "auto" }, visible(name) || "silent"),
         el("span", { class: "words" }, label ? t.words[i].map(quoted).join("  ") : "", t.flags[i].map((f) => el("i", { class: "flag" }, FLAGS[f])))),
-      el("span", { class: "score", title: score ? "detection: balanced accuracy of the label, and of a deranged label" : "share of positions where it is active" },
-        score ? [el("b", {}, score), el("span", {}, ` / ${nothing || "—"}`)] : el("span", {}, percent(t.count[i], view.index.seen))));
+      el("span", { class: "score", title: t.detection ? "detection: balanced accuracy of the label, and of a deranged label" : "share of positions where it is active" },
+        score ? [el("b", {}, score), el("span", {}, ` / ${nothing || "—"}`)] : el("span", {}, t.detection ? "—" : percent(t.count[i], view.index.seen))));
   };
   const rows = () => {
     const box = $("rows"), first = Math.max(0, Math.floor(box.scrollTop / ROW) - 6), n = Math.ceil((box.clientHeight || innerHeight) / ROW) + 12;
@@ -140,10 +140,10 @@
 
   // value and null on one axis from guessing (0.5) to always right; grey is the deranged label
   const scale = (name, value, nothing) => {
-    const at = (v) => 8 + 184 * (Math.max(.4, Math.min(1, v)) - .4) / .6;
+    const at = (v) => 8 + 184 * (Math.max(.3, Math.min(1, v)) - .3) / .7;
     return el("div", { class: "scale" }, el("span", { class: "key" }, name),
       svg("svg", { viewBox: "0 0 200 22", role: "img", "aria-label": `${name} ${digits(value)}, deranged ${missing(nothing) ? "not measured" : digits(nothing)}` },
-        svg("line", { x1: at(.4), x2: at(1), y1: 11, y2: 11, class: "axis" }), svg("line", { x1: at(.5), x2: at(.5), y1: 5, y2: 17, class: "axis" }),
+        svg("line", { x1: at(.3), x2: at(1), y1: 11, y2: 11, class: "axis" }), svg("line", { x1: at(.5), x2: at(.5), y1: 5, y2: 17, class: "axis" }),
         !missing(nothing) && svg("circle", { cx: at(nothing), cy: 11, r: 4.5, class: "null" }), svg("circle", { cx: at(value), cy: 11, r: 5, class: "dot" })),
       el("span", {}, el("b", {}, value.toFixed(2)), el("span", { class: "quiet" }, missing(nothing) ? "" : ` deranged ${nothing.toFixed(2)}`)));
   };

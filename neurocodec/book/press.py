@@ -6,8 +6,9 @@
 __all__ = ['TAGS', 'ATTRIBUTES', 'CSS', 'WIDGET', 'PLOTLY', 'LINK', 'HAND', 'PARTS', 'FOREIGN', 'LOADS', 'directives', 'heading',
            'safe_html', 'plotly_html', 'safe_data', 'safe_outputs', 'relink', 'shown', 'as_text', 'walk',
            'chapter_page', 'finished', 'sections', 'parameter_table', 'run_title', 'run_page', 'Page', 'contents',
-           'done_line', 'place', 'chapter_pages', 'stopped', 'summary', 'layer_page', 'run_pages', 'paged', 'fill',
-           'drawing', 'filled', 'sync', 'libraries', 'compose', 'stage', 'build', 'tidy', 'foreign_css', 'outside']
+           'done_line', 'place', 'chapter_pages', 'explorer_links', 'stopped', 'summary', 'layer_page', 'run_pages',
+           'paged', 'fill', 'drawing', 'filled', 'sync', 'libraries', 'explorer_files', 'compose', 'stage', 'build',
+           'tidy', 'foreign_css', 'outside']
 
 # %% ../../nbs/52_press.ipynb #5cee52fa
 import hashlib, html, importlib.util, json, os, re, subprocess, sys
@@ -26,7 +27,7 @@ from nbformat.v4 import new_markdown_cell, new_notebook, new_output
 
 from .log import Entry, clock, criteria, criteria_table, figure, headline, layers_table, log_rows, log_table, read_runs, runs_table, table, verdicts
 from ..core.engine import what_failed
-from ..core.run import UserError, knobs, progress
+from ..core.run import Folder, UserError, data_folder, knobs, progress
 
 # %% ../../nbs/52_press.ipynb #46086b04
 def directives(source: str) -> tuple[dict[str, str], str]:
@@ -230,6 +231,11 @@ def chapter_pages(nbs: Path, runs: dict[str, list[Entry]]) -> list[Page]:
     return [Page(f"chapters/{k}.ipynb", f"{k[:2]} · {heading(nb)}", _part(nb), 0, chapter_page(k, nb, set(read), done_line(k, runs))) for k, nb in read.items()]
 
 # %% ../../nbs/52_press.ipynb #6de733f8
+def explorer_links(run: str, entries: list[Entry], top: str) -> Markup:
+    "Links to the pages of features that chapter 50_explorer wrote, a layer each; empty if there are none."
+    found = sorted(int(m[1]) for e in entries if e.chapter == "50_explorer" for k in e.metrics if (m := re.fullmatch(r"layer(\d+)\.published", k)))
+    return Markup(" · ").join(Markup('<a href="{}explorer/{}/L{}/index.html">layer {}</a>').format(top, run, k, k) for k in found)
+
 def stopped(folder: Path) -> list[list[str]]:
     "Notebooks of a run that failed, with what they stopped at; the engine leaves them beside the folder they would have made."
     return [[p.relative_to(folder).as_posix(), what_failed(p)[:300]] for p in sorted(Path(folder).rglob("*.failed.ipynb"))]
@@ -244,6 +250,7 @@ def summary(run: str, entries: list[Entry], folder: Path) -> str:
              ["seed", knob("seed")], ["nodes", f"{len(entries)}, {clock(sum(r['wall_s'] for r in log))} in all"],
              ["machine", f"{hw.get('machine', '')}, {hw.get('cores', '?')} cores" + (f", {hw['gpu']}" if hw.get("gpu") else "")], ["revision", m["git"] or "—"], ["last node", m["started"][:16].replace("T", " ")]]
     link = lambda r: Markup('<a href="{}.html">{}</a>').format(("" if r["layer"] is None else f"L{r['layer']}/") + r["chapter"], r["chapter"])
+    if links := explorer_links(run, entries, "../../"): facts.insert(2, ["explorer", links])
     text = [f"# Run {run}", table(["", ""], facts, "nc-plain"), "## Success criteria so far", criteria_table(rows, full=False)]
     if len(layers) > 1: text += ["## Layer by layer", layers_table(rows)]
     text += ["## Nodes", log_table(log, link)]
@@ -297,7 +304,8 @@ def filled(runs: dict[str, list[Entry]], book: Path) -> dict[str, str]:
     picture = Markup('<figure class="nc-picture"><div class="nc-wide">{}</div><div class="nc-tall">{}</div></figure>')
     front = [f"Run **[{latest}](runs/{latest}/index.md)**, the latest: {verdicts(rows)}.", criteria_table(rows, full=False)]
     each = [f"## {run}\n\n{verdicts(r)}.\n\n{criteria_table(r)}" for run, r in judged.items()]
-    return {"picture": picture.format(Markup(drawing(book / "_static/picture.svg")), Markup(drawing(book / "_static/picture-tall.svg"))),
+    pages = [[Markup('<a href="runs/{}/index.html">{}</a>').format(run, run), links] for run, es in runs.items() if (links := explorer_links(run, es, ""))]
+    return {"explorer": table(["run", "features of"], pages) if pages else "No run has one yet. `make book` makes it.", "picture": picture.format(Markup(drawing(book / "_static/picture.svg")), Markup(drawing(book / "_static/picture-tall.svg"))),
             "results": "\n\n".join(front) if rows else empty, "runs-side-by-side": runs_table(judged) if rows else empty,
             "criteria": "\n\n".join(each) if rows else str(criteria_table(criteria([]))),
             "log": log_table(log_rows([e for es in runs.values() for e in es]), link) if rows else empty}
@@ -325,6 +333,21 @@ def libraries(pages: list[Page]) -> dict[str, bytes]:
         out["_extra/_assets/plotly.js"] = plotly.read_bytes()
     return out
 
+# %% ../../nbs/52_press.ipynb #fe36e044
+def explorer_files(results: Path) -> dict[str, bytes]:
+    "The files of every run's explorer, by the name they get in the book."
+    out = {}
+    for home in sorted(Path(results).glob("[!.]*/50_explorer")):
+        if not (home / "manifest.json").is_file(): continue
+        run = home.parent.name
+        node = Folder(home, f"neurocodec run params/{run}.yaml --until 50_explorer")
+        for name in node.manifest["outputs"]:
+            own, back = name in ("explorer.js", "explorer.css"), f'<a class="book" href="{"../" * (2 + name.count("/"))}explorer.html">to the book</a>'
+            if not name.endswith((".html", ".js", ".css")): continue
+            data = (data_folder().parent / "explorer" / name if own else node.path(name)).read_bytes()
+            out[f"_extra/explorer/{run}/{name}"] = data.replace(b"<!-- book -->", back.encode()) if name.endswith(".html") else data
+    return out
+
 # %% ../../nbs/52_press.ipynb #2741cfa4
 def compose(results: Path, nbs: Path, book: Path) -> list[Page]:
     "All pages of the book in reading order: the front page, chapters, a part per run, the records."
@@ -332,7 +355,7 @@ def compose(results: Path, nbs: Path, book: Path) -> list[Page]:
     chapters = chapter_pages(nbs, runs)
     known, places = {p.path.split("/")[-1].removesuffix(".ipynb") for p in chapters}, filled(runs, book)
     def _written(name, title, part): return Page(name, title, part, 0, relink(fill(name, (book / name).read_text(encoding="utf8"), places), "", known))
-    records = [_written(*r, "Records") for r in (("criteria.md", "Success criteria"), ("log.md", "Experiment log"), ("speed.md", "Speed"), ("departures.md", "Departures from the brief"))]
+    records = [_written(*r, "Records") for r in (("explorer.md", "Explorer"), ("criteria.md", "Success criteria"), ("log.md", "Experiment log"), ("speed.md", "Speed"), ("departures.md", "Departures from the brief"))]
     executed = [p for run, es in runs.items() for p in run_pages(run, es, Path(results) / run, known)]
     return [_written("intro.md", "", ""), *chapters, *executed, *records]
 
@@ -346,6 +369,7 @@ def stage(
     if not (book / "_config.yml").is_file(): raise UserError(f"{book}/_config.yml: no such file; the folder of the hand-written pages has it")
     pages = compose(results, nbs, book) if pages is None else pages
     files = {p.path: p.text.encode() for p in pages} | libraries(pages) | {"_toc.yml": contents(pages).encode()}
+    files |= explorer_files(results)
     files |= {p.relative_to(book).as_posix(): p.read_bytes() for p in [book / "_config.yml", *(book / "_static").rglob("*")] if p.is_file()}
     sync(out, files)
     return out

@@ -145,7 +145,9 @@ DECODER = (
     Criterion("decoder.accuracy_supervised", "… and pick the model's own token", "share of tokens on which both put the same token first", "> 75 %", "20_decoder", "agreement"),
     Criterion("decoder.kl", "The trained policy is faithful", "KL(frozen ‖ policy), nats per valid token, in contexts cut to chapter 21's `window`", "< 0.5 nats", "21_policy", "kl"),
     Criterion("decoder.accuracy_loss", "… and nearly as accurate", "drop of next-token accuracy, as a share of the frozen model's", "< 3 %", "21_policy", "accuracy_loss_relative"),
-    Criterion("decoder.ood", "It holds out of domain", "accuracy on domains left out of training, over the frozen model's there", "> 80 %", "25_evaluate", "ood"),
+    Criterion("decoder.ood", "It holds out of domain", "next-token accuracy of the supervised decoder on domains left out of training, over the frozen model's there", "> 80 %", "20_decoder", "ood.accuracy_ratio"),
+    Criterion("decoder.tasks", "Tasks survive it", "drop of accuracy on multiple-choice tasks from held-out documents, as a share of the frozen model's", "< 3 %", "25_evaluate", "accuracy_loss"),
+    Criterion("decoder.ood_tasks", "… out of domain too", "accuracy above chance on such tasks in domains left out of training, over the frozen model's", "> 80 %", "25_evaluate", "ood.retention"),
     Criterion("importance.top10", "Few features carry a prediction", "share of the ten strongest features, chosen on other documents, in the sum over tokens of |effect on the frozen model's margin|, all features by attribution", "≥ 30 %", "22_importance", "top10_share"),
     Criterion("labels.share", "Features can be named", "share of live features whose label beats a deranged label on unseen text", "> 85 %", "23_labels", "share"),
 )

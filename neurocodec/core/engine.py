@@ -30,6 +30,7 @@ FOLLOWS: dict[str, tuple[str, ...]] = {  # chapter → chapters whose folders it
     "21_policy": ("02_text", "12_activations", "13_train", "20_decoder"),
     "22_importance": ("02_text", "12_activations", "13_train", "20_decoder"),
     "24_explain": ("02_text", "12_activations", "13_train", "20_decoder"),
+    "25_evaluate": ("02_text", "05_lens", "12_activations", "13_train", "20_decoder"),
 }
 FOLLOWS["50_explorer"] = tuple(c for c in ("02_text", "12_activations", "13_train", "22_importance", "23_labels") if c in FOLLOWS)
 FOLLOWS["51_log"] = tuple(FOLLOWS)        # looks back on all of them

@@ -573,7 +573,7 @@ class Tallies(NamedTuple):
 
     def detection(self) -> np.ndarray:
         "(1 + R, F) balanced accuracy; NaN where a feature has no window of one kind."
-        return balanced(*(x.sum(0) for x in (self.hit_DLF, self.on_DF[:, None], self.false_DLF, self.off_DF[:, None])))
+        return balanced(*(x.sum(0, dtype=np.float64) for x in (self.hit_DLF, self.on_DF[:, None], self.false_DLF, self.off_DF[:, None])))
 
 def empty_tallies(D: int, F: int, swaps: int = SWAPS) -> Tallies:
     "Tallies of nothing."
@@ -661,14 +661,15 @@ def summary(s: Scores, parts: int = 40) -> dict[str, Estimate]:
     live, F, L = np.concatenate([np.zeros(0, int), *s.groups]), s.tallies.on_DF.shape[1], s.tallies.hit_DLF.shape[1]
     names = ("share", "detection", "detection.deranged", "gain")
     if len(live) == 0 or s.docs < 2: return {k: Estimate(float("nan"), float("nan"), float("nan"), s.docs) for k in names}
-    by_part = np.zeros((min(parts, s.docs), (2 * L + 2) * F), np.float32)
+    by_part = np.zeros((min(parts, s.docs), (2 * L + 2) * F))
     np.add.at(by_part, np.arange(s.docs) % len(by_part), np.concatenate([x.reshape(len(x), -1) for x in s.tallies], axis=1))
 
     def of(row_M):
         d = Tallies(*(x.reshape(1, *shape) for x, shape in zip(np.split(row_M, np.cumsum([L * F, L * F, F])), ((L, F), (L, F), (F,), (F,))))).detection()
         own, other = np.nan_to_num(d[0, live], nan=.5).mean(), np.nan_to_num(d[1:, live], nan=.5).mean()
         return {"share": confident(d, s.groups)[0][live].mean(), "detection": own, "detection.deranged": other, "gain": own - other}
-    return {k: jackknife(lambda rows, k=k: np.array([of(r)[k] for r in rows]), by_part, 1.)._replace(n=s.docs) for k in names}
+    found = {k: jackknife(lambda rows, k=k: np.array([1 + of(r)[k] for r in rows]), by_part, 2.) for k in names}  # a gain may be negative, which the jackknife does not expect
+    return {k: Estimate(e.value - 1, max(e.low - 1, -1. if k == "gain" else 0.), e.high - 1, s.docs) for k, e in found.items()}
 
 # %% ../../nbs/23_labels.ipynb #ebf85b8a
 class Reply(NamedTuple):
@@ -799,11 +800,11 @@ class Local:
         return Reply(t.decode(out, skip_special_tokens=True), cut=len(out) == min(room, self.max_tokens))
 
 # %% ../../nbs/23_labels.ipynb #769286d7
-def make_chat(spec: str, base_url: str, price_in: float = 0, price_out: float = 0, budget: float = 0) -> Chat:
-    "The chat model that a knob names."
+def make_chat(spec: str, max_tokens: int, base_url: str, price_in: float = 0, price_out: float = 0, budget: float = 0) -> Chat:
+    "The chat model that a knob names; its replies may have `max_tokens`."
     kind, _, name = spec.partition(":")
-    if kind == "server" and name: return Server(name, base_url, price_in, price_out, budget)
-    if kind == "local" and name: return Local(name)
+    if kind == "server" and name: return Server(name, base_url, price_in, price_out, budget, max_tokens)
+    if kind == "local" and name: return Local(name, max_tokens)
     raise UserError(f"{spec!r} is none of `symbolic`, `server:MODEL` and `local:MODEL`")
 
 # %% ../../nbs/23_labels.ipynb #fc201882
@@ -936,7 +937,7 @@ def make_labels(text_of: Callable[[int], tuple[str | None, str]], labeller: str,
     n_F, out = (s.tallies.on_DF + s.tallies.off_DF).sum(0), []
     for f in range(F):
         label, failure = text_of(f)
-        if label and not failure and not np.isfinite(d[0, f]): failure = "never active in the scored windows" if not s.tallies.on_DF[:, f].any() else "active in all scored windows"
+        if label and not failure and not np.isfinite(d[0, f]): failure = "active in all scored windows" if n_F[f] else "not scored: not active there, or not drawn for the judge"
         numbers = (d[0, f], s.fuzzing_LF[0, f], bar_F[f], s.fuzzing_LF[1, f]) if label else (None, None, bar_F[f], None)
         out.append(Label(f, label, labeller, *map(_number, numbers), int(n_F[f]), bool(label and sure_F[f]), failure))
     return out

@@ -29,10 +29,11 @@ FOLLOWS: dict[str, tuple[str, ...]] = {  # chapter → chapters whose folders it
     "20_decoder": ("02_text", "05_lens", "12_activations", "13_train"),
     "21_policy": ("02_text", "12_activations", "13_train", "20_decoder"),
     "22_importance": ("02_text", "12_activations", "13_train", "20_decoder"),
-    "24_explain": ("02_text", "12_activations", "13_train", "20_decoder"),
+    "23_labels": ("02_text", "12_activations", "13_train"),
+    "24_explain": ("02_text", "12_activations", "13_train", "20_decoder", "23_labels"),
     "25_evaluate": ("02_text", "05_lens", "12_activations", "13_train", "20_decoder"),
+    "50_explorer": ("02_text", "12_activations", "13_train", "22_importance", "23_labels"),
 }
-FOLLOWS["50_explorer"] = tuple(c for c in ("02_text", "12_activations", "13_train", "22_importance", "23_labels") if c in FOLLOWS)
 FOLLOWS["51_log"] = tuple(FOLLOWS)        # looks back on all of them
 ALL_LAYERS = ("16_layers", "50_explorer", "51_log")      # read every layer's nodes, not only their own
 NANO_ONLY = ("04_nano",)                  # about the embedded model, whatever the run's model is

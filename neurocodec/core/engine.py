@@ -28,6 +28,7 @@ FOLLOWS: dict[str, tuple[str, ...]] = {  # chapter → chapters whose folders it
     "16_layers": ("02_text", "12_activations", "13_train", "14_quality"),
     "20_decoder": ("02_text", "05_lens", "12_activations", "13_train"),
     "21_policy": ("02_text", "12_activations", "13_train", "20_decoder"),
+    "30_concepts": (),
 }
 FOLLOWS["51_log"] = tuple(FOLLOWS)        # looks back on all of them
 ALL_LAYERS = ("16_layers", "51_log")      # read every layer's nodes, not only their own

@@ -29,9 +29,10 @@ FOLLOWS: dict[str, tuple[str, ...]] = {  # chapter → chapters whose folders it
     "20_decoder": ("02_text", "05_lens", "12_activations", "13_train"),
     "21_policy": ("02_text", "12_activations", "13_train", "20_decoder"),
     "30_concepts": (),
+    "32_gates": ("02_text", "12_activations", "13_train"),
 }
 FOLLOWS["51_log"] = tuple(FOLLOWS)        # looks back on all of them
-ALL_LAYERS = ("16_layers", "51_log")      # read every layer's nodes, not only their own
+ALL_LAYERS = ("16_layers", "32_gates", "51_log")  # read every layer's nodes, not only their own
 NANO_ONLY = ("04_nano",)                  # about the embedded model, whatever the run's model is
 TWO_CORES = ("05_lens", "12_activations", "16_layers")  # long, and alone on their way to the end
 

@@ -174,7 +174,8 @@ CRITERIA = SAE + DECODER + CODEC + RESONANCE
 # %% ../../nbs/51_log.ipynb #e39999ac
 HEADLINES = {  # chapter → its findings, where no criterion names them
     "04_nano": ("loss",), "10_sparse": ("gradient_difference",), "11_dictionary": ("mcc",), "13_train": ("ev", "dead", "tokens"),
-    "16_layers": ("chosen_layer", "proxy"), "21_policy": ("kl", "accuracy_loss_relative", "l0", "composite"), "23_labels": ("share", "gain", "detection", "fuzzing"), "51_log": ("met", "met_not_shown", "missed")}
+    "16_layers": ("chosen_layer", "proxy"), "21_policy": ("kl", "accuracy_loss_relative", "l0", "composite"), "23_labels": ("share", "gain", "detection", "fuzzing"),
+    "30_concepts": ("dead_few", "dead_most", "mcc", "f1"), "51_log": ("met", "met_not_shown", "missed")}
 
 def headline(e: Entry, most: int = 4) -> dict[str, float]:
     "Up to `most` numbers that a node found: its `HEADLINES`, or else all, the ones a criterion asks for first."

@@ -198,20 +198,28 @@ def main(argv: list[str] | None = None) -> int:
     "Entry point of `neurocodec`; exit code 2 after a mistake that the message says how to mend."
     a = parser().parse_args(argv)
     try:
-        if a.command == "run": return run_params(a.params, a.layer, a.until, pairs(a.p), a.cores, a.dry_run, a.profile)
-        if a.command == "book": return _book(a.out)
-        if a.command == "convert": return _convert(a.src, a.dst, a.to, a.kind, a.scale)
-        if a.command == "evaluate": return _evaluate(a)
-        if a.command == "validate-rewards": return _validate(a.params, a.layer, a.seeds, a.cores)
-        if a.command == "explain": return _explain(a.text, a.run, a.layer, a.of, a.html)
-        if a.command == "label": return _label(a.params, a.layer, pairs(a.p) | {k: v for k in ("labeller", "judge", "base_url", "review") if (v := getattr(a, k))}, a.cores)
-        return _chapters()
+        code = _carry_out(a)
+        sys.stdout.flush()  # here, where a closed pipe is caught
+        return code
     except UserError as e:
         print(f"neurocodec: {e}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed at the end goes nowhere
+        return 141
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
+
+def _carry_out(a: argparse.Namespace) -> int:
+    if a.command == "run": return run_params(a.params, a.layer, a.until, pairs(a.p), a.cores, a.dry_run, a.profile)
+    if a.command == "book": return _book(a.out)
+    if a.command == "convert": return _convert(a.src, a.dst, a.to, a.kind, a.scale)
+    if a.command == "evaluate": return _evaluate(a)
+    if a.command == "validate-rewards": return _validate(a.params, a.layer, a.seeds, a.cores)
+    if a.command == "explain": return _explain(a.text, a.run, a.layer, a.of, a.html)
+    if a.command == "label": return _label(a.params, a.layer, pairs(a.p) | {k: v for k in ("labeller", "judge", "base_url", "review") if (v := getattr(a, k))}, a.cores)
+    return _chapters()
 
 def _book(out: str) -> int:
     from neurocodec.book.press import build, stage  # Sphinx is slow to import

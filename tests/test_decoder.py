@@ -43,9 +43,9 @@ def jobs(lm, dictionary, lens, **how):
     return {kind: Job(d, config) for kind, d in made.items()} | {"tokens": Job(create_decoder(DecoderConfig(start="fresh", **shape | {"n_features": 96}), seed=1), config, view="tokens")}
 
 
-def digests(folder):
+def digests(folder):  # a kill may leave the temporary file that was being written
     return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in sorted(folder.rglob("*")) if p.is_file() and "tensorboard" not in p.parts}
+            for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix != ".tmp" and "tensorboard" not in p.parts}
 
 
 def work(folder, threads=1, contexts=120):

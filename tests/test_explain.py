@@ -13,8 +13,8 @@ from neurocodec.core.run import UserError
 from neurocodec.core.text import Packed, pack
 from neurocodec.decoder.explain import (Case, Confidence, Explanation, agreement, confirmed, cut_cases, explain, faith, feature_names, matched, mean_values, narrate,
                                         ordered, study, to_html, to_terminal, train_narrator, wilson)
-from neurocodec.decoder.importance import Pool, ablate, model_output, read_contexts
-from neurocodec.decoder.decoder import borrow_readout
+from neurocodec.decoder.importance import ablate, model_output
+from neurocodec.decoder.decoder import Pool, borrow_readout, read_pool
 from neurocodec.decoder.policy import Gate
 from neurocodec.sae.dictionary import DictionaryConfig, create_dictionary
 
@@ -24,7 +24,7 @@ def parts(kind):
     lm.tokenizer = SimpleNamespace(bos_token_id=1, eos_token_id=2, decode=lambda ids: f"<t{ids[0]}>")
     ids = [torch.randint(3, 90, (14 + i,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(4)]
     d = create_dictionary(DictionaryConfig(d_model=32, n_features=40, k=5))
-    return lm, d, model_output(lm, d, 1), read_contexts(lm, d, Packed(*pack(ids, 16, 1), pd.DataFrame(index=range(4))), 1)
+    return lm, d, model_output(lm, d, 1), read_pool(lm, d, Packed(*pack(ids, 16, 1), pd.DataFrame(index=range(4))), 1)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
@@ -85,7 +85,7 @@ def test_few_lessons_do_no_harm():
     def lesson(seed):  # effects are sizes: what the gate starts from
         g = np.random.default_rng(seed)
         v = g.random(8).astype("float32") + .1
-        p = Pool(*(torch.as_tensor(x)[None, None] for x in (v, g.permutation(60)[:8])), *[torch.ones(1, 1).bool()] * 2, *[torch.zeros(1, 1, 1)] * 2, torch.full((1, 1), seed))
+        p = Pool(*(torch.as_tensor(x)[None, None] for x in (v, g.permutation(60)[:8])), *[torch.ones(1, 1).bool()] * 2, torch.zeros(1, 1).long(), torch.zeros(1, 1, 1), torch.full((1, 1), seed), torch.zeros(1, 1, 1))
         return Case(p, 0, v, v, seed)
     new = [lesson(s) for s in range(100, 140)]
     def score(gate): return np.mean([agreement(narrate(gate, c.values_k, c.features_k, 3), c, n=3) for c in new])

@@ -11,9 +11,9 @@ from scipy.stats import spearmanr
 
 from neurocodec.core.lm import Intervention, cost, tiny
 from neurocodec.core.text import Packed, pack
-from neurocodec.decoder.decoder import DecoderConfig, borrow_readout, create_decoder
-from neurocodec.decoder.importance import (Pool, ablate, attribute, choices, decoder_output, direct_logits, integrate, margin, model_output, over_features,
-                                           overlap, read_contexts, same_sign, share_of, spearman, total_by_feature)
+from neurocodec.decoder.decoder import DecoderConfig, Pool, borrow_readout, create_decoder, read_pool
+from neurocodec.decoder.importance import (ablate, attribute, choices, decoder_output, direct_logits, integrate, margin, model_output, over_features,
+                                           overlap, same_sign, share_of, spearman, total_by_feature)
 from neurocodec.sae.dictionary import DictionaryConfig, create_dictionary
 
 F, V, W = 30, 20, 12
@@ -26,7 +26,7 @@ def pool(n=4, T=9, k=3, seed=0, features=F):
     score = keep.clone()
     score[:, -1] = False
     values = torch.rand(n, T, k, generator=g).add(.1) * keep[..., None]
-    return Pool(values, torch.rand(n, T, features, generator=g).topk(k).indices, keep, score, torch.randn(n, T, W, generator=g), torch.randn(n, T, W, generator=g), torch.arange(n)[:, None].expand(n, T))
+    return Pool(values, torch.rand(n, T, features, generator=g).topk(k).indices, keep, score, torch.zeros(n, T).long(), torch.randn(n, T, W, generator=g), torch.arange(n)[:, None].expand(n, T), torch.randn(n, T, W, generator=g))
 
 
 def decoder(kind="attention", norm="rms", features=F):
@@ -61,7 +61,7 @@ def test_other_architectures(kind):
     lm = tiny(kind)
     packed = text(lm)
     d = create_dictionary(DictionaryConfig(d_model=32, n_features=40, k=4))
-    p = read_contexts(lm, d, packed, 1, batch=2)
+    p = read_pool(lm, d, packed, 1, batch=2)
     output, at = model_output(lm, d, 1), places(p, 5)
     assert torch.allclose(output(p, p.values_BTk), lm.logits(packed.tokens_NT), atol=1e-4)
     z, found = lm.logits(packed.tokens_NT), ablate(output, p, at, rows=2)
@@ -91,7 +91,7 @@ def test_memory_does_not_grow_with_features():
         lm = tiny("llama")
         packed = text(lm)
         d = create_dictionary(DictionaryConfig(d_model=32, n_features=features, k=4))
-        p = read_contexts(lm, d, packed, 1)
+        p = read_pool(lm, d, packed, 1)
         dec = decoder(features=features)
         return [cost(lambda o=o: attribute(o, p), 1).megabytes for o in (model_output(lm, d, 1), decoder_output(dec))]
     few, many = megabytes(64), megabytes(64_000)

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from neurocodec.core.lm import tiny
 from neurocodec.core.run import UserError
 from neurocodec.core.text import Packed, pack
-from neurocodec.decoder.decoder import DecoderConfig, create_decoder
-from neurocodec.decoder.policy import (ARMS, CHECKPOINT, CURVES, REWARDS, Batch, Gate, Policy, PolicyConfig, PolicyTrainer, Weights, act, concentration,
+from neurocodec.decoder.decoder import DecoderConfig, Pool, create_decoder, read_pool
+from neurocodec.decoder.policy import (ARMS, CHECKPOINT, CURVES, REWARDS, Gate, Policy, PolicyConfig, PolicyTrainer, Weights, act, concentration,
                                        every_feature, forward_kl, frozen_rows, holm, keep_top, leave_one_out, measure, own_gate, policy_tensors,
-                                       ppo_loss, read_pool, surrogate, top_rule, tost, train_policy)
+                                       ppo_loss, surrogate, top_rule, tost, train_policy)
 from neurocodec.sae.dictionary import DictionaryConfig, create_dictionary
 
 F, V, W = 30, 20, 12
@@ -39,7 +39,7 @@ def batch(n=6, T=10, k=4, seed=0):
     score = keep.clone()
     score[:, -1] = False
     values = torch.rand(n, T, k, generator=g).add(.1) * keep[..., None]
-    return Batch(values, torch.rand(n, T, F, generator=g).topk(k).indices, keep, score, torch.randint(V, (n, T), generator=g), torch.randn(n, T, V, generator=g), torch.arange(n)[:, None].expand(n, T))
+    return Pool(values, torch.rand(n, T, F, generator=g).topk(k).indices, keep, score, torch.randint(V, (n, T), generator=g), torch.randn(n, T, V, generator=g), torch.arange(n)[:, None].expand(n, T))
 
 
 def policy(kind="attention"):
@@ -50,8 +50,8 @@ def policy(kind="attention"):
 HOW = PolicyConfig(steps=12, contexts=3, samples=3, minibatches=2)
 
 
-def digests(folder):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file()}
+def digests(folder):  # a kill may leave the temporary file that was being written
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file() and p.suffix != ".tmp"}
 
 
 def work(folder, steps, save_every, threads=1):

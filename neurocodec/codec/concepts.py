@@ -16,7 +16,7 @@ from scipy import sparse as sp
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from ..core.run import UserError
+from ..core.run import UserError, must
 
 # %% ../../nbs/30_concepts.ipynb #e2dfee20
 def hits(
@@ -63,15 +63,13 @@ class ConceptConfig:
     "Rows of a document; 1 makes rows independent."
 
     def __post_init__(self):
-        def must(ok, name, want):
-            if not ok: raise UserError(f"{name} = {getattr(self, name)!r}: expected {want}")
-        must(self.n_concepts >= self.clusters >= 1, "clusters", "1 to n_concepts")
-        must(0 < self.low <= self.high < 1, "high", f"low = {self.low} to 1")
-        must(0 < self.cluster_rate < 1, "cluster_rate", "between 0 and 1")
-        must(1 <= self.lift <= 1 / self.cluster_rate, "lift", f"1 to 1 / cluster_rate = {1 / self.cluster_rate:.3g}")
-        must(0 <= self.nested < 1, "nested", "0 to 1, without 1")
-        must(0 <= self.cosine < 1, "cosine", "0 to 1, without 1")
-        must(self.doc_len >= 1, "doc_len", "1 or more")
+        must(self.n_concepts >= self.clusters >= 1, self, "clusters", "1 to n_concepts")
+        must(0 < self.low <= self.high < 1, self, "high", f"low = {self.low} to 1")
+        must(0 < self.cluster_rate < 1, self, "cluster_rate", "between 0 and 1")
+        must(1 <= self.lift <= 1 / self.cluster_rate, self, "lift", f"1 to 1 / cluster_rate = {1 / self.cluster_rate:.3g}")
+        must(0 <= self.nested < 1, self, "nested", "0 to 1, without 1")
+        must(0 <= self.cosine < 1, self, "cosine", "0 to 1, without 1")
+        must(self.doc_len >= 1, self, "doc_len", "1 or more")
 
 # %% ../../nbs/30_concepts.ipynb #206ddeec
 class World:

@@ -21,7 +21,7 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from .concepts import each_once
-from ..core.run import Estimate, UserError, progress
+from ..core.run import Estimate, UserError, must, progress
 from ..core.text import Packed
 from ..sae.activations import kept_tokens, opening_token
 from ..sae.dictionary import Dictionary
@@ -56,12 +56,10 @@ class GateConfig:
     "Different shifts those searches use."
 
     def __post_init__(self):
-        def must(ok, name, want):
-            if not ok: raise UserError(f"{name} = {getattr(self, name)!r}: expected {want}")
-        must(self.candidates >= 2, "candidates", "2 or more")
-        must(0 < self.level < 1, "level", "between 0 and 1")
-        must(self.n_draws >= 1 / self.level, "n_draws", f"{1 / self.level:.0f} or more, or no gain can pass")
-        must(1 <= self.n_shifts <= self.n_draws, "n_shifts", "1 to n_draws")
+        must(self.candidates >= 2, self, "candidates", "2 or more")
+        must(0 < self.level < 1, self, "level", "between 0 and 1")
+        must(self.n_draws >= 1 / self.level, self, "n_draws", f"{1 / self.level:.0f} or more, or no gain can pass")
+        must(1 <= self.n_shifts <= self.n_draws, self, "n_shifts", "1 to n_draws")
 
 def fires(
     units_NM,                  # (N, M) values: array, tensor or sparse matrix

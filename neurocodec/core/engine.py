@@ -99,7 +99,7 @@ def jobs(
     if set(chosen) != set(p.layers): chapters = [c for c in chapters if c not in ALL_LAYERS]  # some layers only: nothing to compare
     out: dict[str, Job] = {}
     for c in _closure(until, chapters):
-        for layer in (chosen if "layer" in knobs(c) else [None]):
+        for layer in ([n for n in chosen if f"L{n}/{c}" not in p.skip] if "layer" in knobs(c) else [None]):
             values = job_params(p, c, layer, overrides)
             needs = tuple(j.name for j in out.values() if j.chapter in FOLLOWS[c] and (j.layer in (None, layer) or c in ALL_LAYERS))
             text = json.dumps([code_digest(c), outside_digest(values), values, sorted(out[n].key for n in needs)], sort_keys=True)

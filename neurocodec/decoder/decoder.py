@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'STARTS', 'TENSORS', 'ABOUT', 'PRECISIONS', 'VIEWS', 'CURVES', 'CHECKPOINT', 'BINS', 'MEANS', 'Passage',
-           'spread_codes', 'read_codes', 'Readout', 'plain_norm', 'borrow_readout', 'cap_at', 'DecoderConfig', 'turns',
-           'rotate', 'Block', 'Decoder', 'create_decoder', 'model_shape', 'copy_blocks', 'Coordinates', 'TokenRows',
-           'token_rows', 'save_decoder', 'load_decoder', 'TrainDecoderConfig', 'Job', 'shuffle_view', 'token_view',
-           'autocast', 'Trainer', 'Reader', 'hash_seed', 'get_state', 'set_state', 'save_checkpoint', 'load_checkpoint',
-           'shared_config', 'job_key', 'finished', 'train_decoders', 'train_decoder', 'Batch', 'compare', 'climb',
-           'rungs', 'decoder_arm']
+           'spread_codes', 'read_codes', 'Pool', 'scored', 'read_pool', 'Readout', 'plain_norm', 'borrow_readout',
+           'cap_at', 'DecoderConfig', 'turns', 'rotate', 'Block', 'Decoder', 'create_decoder', 'model_shape',
+           'copy_blocks', 'Coordinates', 'TokenRows', 'token_rows', 'save_decoder', 'load_decoder',
+           'TrainDecoderConfig', 'Job', 'shuffle_view', 'token_view', 'autocast', 'Trainer', 'Reader', 'hash_seed',
+           'get_state', 'set_state', 'save_checkpoint', 'load_checkpoint', 'shared_config', 'job_key', 'finished',
+           'train_decoders', 'train_decoder', 'Batch', 'compare', 'climb', 'rungs', 'decoder_arm']
 
 # %% ../../nbs/20_decoder.ipynb #c22a4cfb
 import hashlib, json, math, time
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..core.lens import Lens, cross_entropy_to, lens_hooks, reading
 from ..core.lm import LM
-from ..core.run import UserError, atomic, digest, progress, read_tensors, write_json
+from ..core.run import UserError, atomic, digest, must, progress, read_tensors, write_json
 from ..core.text import Packed, next_token_mask
 from ..sae import sparse
 from ..sae.activations import kept_tokens, opening_token
@@ -69,6 +69,44 @@ def _streams(lm, tokens_BT, layer, doc_BT, skip_bos) -> tuple[Tensor, Tensor, Te
     hooks = [f"blocks.{l}.hook_resid_post" for l in (lm.check_layer(layer), lm.n_layers - 1)]
     seen = lm.capture(tokens_BT, hooks)
     return seen[hooks[0]], kept_tokens(tokens_BT, doc_BT, opening_token(lm), skip_bos).to(lm.device), seen[hooks[1]]
+
+# %% ../../nbs/20_decoder.ipynb #882b60f6
+class Pool(NamedTuple):
+    "B contexts of T positions, read once."
+    values_BTk: Tensor   # activations, 0 where there is no feature
+    indices_BTk: Tensor  # the feature each belongs to
+    keep_BT: Tensor      # bool, positions that have features
+    score_BT: Tensor     # bool, kept positions whose next token belongs to the same document
+    next_BT: Tensor      # the token that follows; means nothing where not scored
+    last_BTD: Tensor     # the frozen model's last stream
+    doc_BT: Tensor       # document numbers
+    h_BTD: Tensor | None = None  # the stream that the dictionary reads; None where codes are not read from one
+
+    def take(self, rows) -> "Pool":
+        "The same for some contexts."
+        return Pool(*(x if x is None else x[rows] for x in self))
+
+    def repeat(self, n: int) -> "Pool":
+        "Every context `n` times, one after the other."
+        return Pool(*(x if x is None else x.repeat_interleave(n, 0) for x in self))
+
+def scored(lm: LM, packed: Packed, skip_bos: bool = True) -> tuple[Tensor, Tensor]:
+    "(keep_NT, score_NT): positions that have features, and those of them whose next token belongs to the same document."
+    keep_NT = kept_tokens(packed.tokens_NT, packed.doc_NT, opening_token(lm), skip_bos)
+    return keep_NT, F.pad(next_token_mask(packed), (0, 1)) & keep_NT
+
+@torch.no_grad()
+def read_pool(lm: LM, dictionary: Dictionary, packed: Packed, layer: int, skip_bos: bool = True, batch: int = 16) -> Pool:
+    "All contexts of `packed`; memory is 2 D + k numbers a token, nothing the size of the vocabulary."
+    (_, score_NT), parts = scored(lm, packed, skip_bos), []
+    for rows in progress(torch.arange(len(score_NT)).split(batch), desc="reading contexts"):
+        tokens_BT, doc_BT = packed.tokens_NT[rows], packed.doc_NT[rows]
+        h_BTD, keep_BT, last_BTD = _streams(lm, tokens_BT, layer, doc_BT, skip_bos)
+        p = spread_codes(dictionary, h_BTD, keep_BT, last_BTD.float())
+        parts.append(Pool(p.values_BTk.float(), p.indices_BTk, keep_BT, *(x.to(lm.device) for x in (score_NT[rows], tokens_BT.roll(-1, 1))), p.last_BTD, doc_BT, h_BTD.float()))
+    width = max(p.values_BTk.shape[-1] for p in parts)  # some dictionaries use more features on one batch than on another
+    def wide(x): return F.pad(x, (0, width - x.shape[-1]))
+    return Pool(*(torch.cat(x) for x in zip(*(p._replace(values_BTk=wide(p.values_BTk), indices_BTk=wide(p.indices_BTk)) for p in parts))))
 
 # %% ../../nbs/20_decoder.ipynb #3d89a12e
 class Readout(NamedTuple):
@@ -144,15 +182,13 @@ class DecoderConfig:
     "Base of the rotary angles; `model` sets it."
 
     def __post_init__(self):
-        def must(ok, name, want):
-            if not ok: raise UserError(f"{name} = {getattr(self, name)!r}: expected {want}")
-        must(self.kind in KINDS, "kind", ", ".join(KINDS))
-        must(self.start in STARTS, "start", ", ".join(STARTS))
-        must(self.norm in ("rms", "layer", "none"), "norm", "rms, layer or none")
-        must(min(self.n_features, self.d_vocab, self.width) > 0, "width", "positive sizes")
-        must(self.kind == "linear" or self.layers > 0, "layers", "at least 1 for a kind with blocks")
-        must(self.heads > 0 and self.width % (2 * self.heads) == 0, "heads", f"a number that divides width = {self.width} into even parts")
-        must(self.start != "model" or self.kind == "attention", "start", f"fresh, readout or lens for the {self.kind} kind")
+        must(self.kind in KINDS, self, "kind", ", ".join(KINDS))
+        must(self.start in STARTS, self, "start", ", ".join(STARTS))
+        must(self.norm in ("rms", "layer", "none"), self, "norm", "rms, layer or none")
+        must(min(self.n_features, self.d_vocab, self.width) > 0, self, "width", "positive sizes")
+        must(self.kind == "linear" or self.layers > 0, self, "layers", "at least 1 for a kind with blocks")
+        must(self.heads > 0 and self.width % (2 * self.heads) == 0, self, "heads", f"a number that divides width = {self.width} into even parts")
+        must(self.start != "model" or self.kind == "attention", self, "start", f"fresh, readout or lens for the {self.kind} kind")
 
     @property
     def mlp(self) -> int:
@@ -403,13 +439,11 @@ class TrainDecoderConfig:
     "Logits of one decoder in memory at a time."
 
     def __post_init__(self):
-        def must(ok, name, want):
-            if not ok: raise UserError(f"{name} = {getattr(self, name)!r}: expected {want}")
-        must(self.precision in PRECISIONS, "precision", ", ".join(PRECISIONS))
-        must(0 <= self.hard <= 1, "hard", "0 to 1")
-        must(self.lr > 0, "lr", "a positive rate")
-        must(self.batch > 0 and self.contexts >= self.batch, "batch", f"1 to contexts = {self.contexts}")
-        must(1 <= self.accumulate <= self.batch, "accumulate", f"1 to batch = {self.batch}")
+        must(self.precision in PRECISIONS, self, "precision", ", ".join(PRECISIONS))
+        must(0 <= self.hard <= 1, self, "hard", "0 to 1")
+        must(self.lr > 0, self, "lr", "a positive rate")
+        must(self.batch > 0 and self.contexts >= self.batch, self, "batch", f"1 to contexts = {self.contexts}")
+        must(1 <= self.accumulate <= self.batch, self, "accumulate", f"1 to batch = {self.batch}")
 
     @property
     def n_steps(self) -> int:
@@ -507,8 +541,7 @@ class Reader:
         n = len(packed.tokens_NT)
         if n < config.contexts: raise UserError(f"contexts: {config.contexts} are asked for, the split has {n}")
         self.order_N = torch.randperm(n, generator=torch.Generator().manual_seed(config.seed))
-        keep_NT = kept_tokens(packed.tokens_NT, packed.doc_NT, opening_token(lm), skip_bos)
-        self.score_NT = F.pad(next_token_mask(packed), (0, 1)) & keep_NT
+        keep_NT, self.score_NT = scored(lm, packed, skip_bos)
 
     def advance(self, trainers: dict[str, Trainer], step: int) -> str:
         "Train all for one step; the name of one that met a number that is not finite, or nothing."
@@ -675,8 +708,7 @@ def climb(
     max_logits: int = 2**23, # logits of one rung in memory at a time, which decides the contexts per pass
 ) -> Tally:
     "Every rung on every context; sums by document of what `compare` gives, as `<rung>.<quantity>`, and their count `n`."
-    keep_NT = kept_tokens(packed.tokens_NT, packed.doc_NT, opening_token(lm), skip_bos)
-    score_NT = F.pad(next_token_mask(packed), (0, 1)) & keep_NT
+    keep_NT, score_NT = scored(lm, packed, skip_bos)
     out = Tally(packed.doc_NT[score_NT])
     size = max(1, max_logits // (keep_NT.shape[1] * lm.d_vocab))
     for rows in progress(torch.arange(len(keep_NT)).split(size), desc="ladder"):

@@ -19,8 +19,8 @@ from torch import Tensor
 from ..core.lm import LM
 from ..core.run import Estimate, Folder, UserError, progress, results
 from ..core.text import Packed, document_bootstrap
-from .decoder import Readout, load_decoder
-from .importance import Output, Pool, choices, decoder_output, margin, model_output, read_contexts
+from .decoder import Pool, Readout, load_decoder, read_pool
+from .importance import Output, choices, decoder_output, margin, model_output
 from .policy import Gate
 from ..sae.dictionary import Dictionary
 from ..sae.formats import read_dictionary
@@ -218,7 +218,7 @@ def explain(lm: LM, dictionary: Dictionary, output: Output, layer: int, text: st
     tokens = lm.encode([text])[0][:, -lm.max_context:]
     if tokens.shape[1] < 2 or not text: raise UserError("an empty text has no features to explain; give some words")
     packed = Packed(tokens.cpu(), torch.zeros_like(tokens.cpu(), dtype=torch.int32), None)
-    pool = read_contexts(lm, dictionary, packed, layer, skip_bos)
+    pool = read_pool(lm, dictionary, packed, layer, skip_bos)
     if not pool.keep_BT[0, -1]: raise UserError("the text's last token begins a text, where features are not read")
     pool = pool._replace(score_BT=torch.zeros_like(pool.score_BT).index_fill_(1, torch.tensor([tokens.shape[1] - 1], device=tokens.device), True))
     case = study(output, pool)

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..core.run import UserError, atomic, digest, read_tensors, write_json
+from ..core.run import UserError, atomic, digest, must, read_tensors, write_json
 from . import sparse
 from .sparse import Codes, Support, batch_topk, decode_at, encode_at, largest, preactivations, spread, steady_sum, support_where, to_codes
 
@@ -60,16 +60,14 @@ class DictionaryConfig:
         return (self.d_model / self.k) ** .5
 
     def __post_init__(self):
-        def must(ok, name, want):
-            if not ok: raise UserError(f"{name} = {getattr(self, name)!r}: expected {want}")
-        must(self.kind in KINDS, "kind", " or ".join(KINDS))
-        must(self.d_model > 0, "d_model", "a positive width")
-        must(0 < self.k <= self.n_features, "k", f"1 to n_features = {self.n_features}")
-        must(0 <= self.k_aux <= self.n_features, "k_aux", f"0 to n_features = {self.n_features}")
-        must(self.bandwidth > 0, "bandwidth", "a positive width")
-        must(0 <= self.threshold_decay < 1, "threshold_decay", "0 to 1, without 1")
-        must(self.reduction in ("mean", "sum"), "reduction", "mean or sum")
-        must(self.center in ("mean", "median", "zero"), "center", "mean, median or zero")
+        must(self.kind in KINDS, self, "kind", " or ".join(KINDS))
+        must(self.d_model > 0, self, "d_model", "a positive width")
+        must(0 < self.k <= self.n_features, self, "k", f"1 to n_features = {self.n_features}")
+        must(0 <= self.k_aux <= self.n_features, self, "k_aux", f"0 to n_features = {self.n_features}")
+        must(self.bandwidth > 0, self, "bandwidth", "a positive width")
+        must(0 <= self.threshold_decay < 1, self, "threshold_decay", "0 to 1, without 1")
+        must(self.reduction in ("mean", "sum"), self, "reduction", "mean or sum")
+        must(self.center in ("mean", "median", "zero"), self, "center", "mean, median or zero")
 
 # %% ../../nbs/11_dictionary.ipynb #3201f78f
 class Loss(NamedTuple):

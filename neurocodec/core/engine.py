@@ -20,6 +20,7 @@ FOLLOWS: dict[str, tuple[str, ...]] = {  # chapter → chapters whose folders it
     "03_lm": ("02_text",),
     "04_nano": ("02_text",),
     "05_lens": ("02_text",),
+    "06_coherence": ("02_text",),
     "10_sparse": (),
     "11_dictionary": (),
     "12_activations": ("02_text",),

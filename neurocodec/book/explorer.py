@@ -165,7 +165,7 @@ def lay_out(W_PD: Tensor, seed: int = 0) -> np.ndarray:
 def kept_neighbours(W_PD: Tensor, xy_P2: np.ndarray, k: int = 10) -> np.ndarray:
     "(P,) share of each direction's k closest directions that are among the k closest points."
     from sklearn.neighbors import NearestNeighbors
-    near = lambda x: NearestNeighbors(n_neighbors=k).fit(x).kneighbors(return_distance=False)
+    near = lambda x: NearestNeighbors(n_neighbors=min(k, len(x) - 1)).fit(x).kneighbors(return_distance=False)
     a, b = near(normalize(W_PD.detach().cpu().float(), dim=1).numpy()), near(xy_P2)
     return (a[:, :, None] == b[:, None, :]).any(2).mean(1)
 

@@ -166,6 +166,7 @@ CODEC = (
     Criterion("monitor.detection", "Themes watch", "unsafe prompts detected, the threshold fixed on other prompts", "≥ 98.2 %", "36_monitor", "detection"),
 )
 RESONANCE = (
+    Criterion("srm.exact", "The spotlight in closed form is the original", "decimal digits, −log10 of the largest difference from the similarities that explicit matrices of SO(D) give, over orthogonal, oblique and unnormalised bases", "≥ 10", "41_planes", "exact_digits"),
     Criterion("recovery.collapsed_baselines", "Some baselines collapse", "share of baselines that the brief's rule calls collapsed", "about 8 of 140", "44_recovery", "collapsed_baselines"),
     Criterion("recovery.recovered", "A clamp recovers them", "share of those that the same rule calls recovered at +25", "≥ 7 of 8", "44_recovery", "recovered"),
 )
@@ -175,7 +176,7 @@ CRITERIA = SAE + DECODER + CODEC + RESONANCE
 HEADLINES = {  # chapter → its findings, where no criterion names them
     "04_nano": ("loss",), "10_sparse": ("gradient_difference",), "11_dictionary": ("mcc",), "13_train": ("ev", "dead", "tokens"),
     "16_layers": ("chosen_layer", "proxy"), "21_policy": ("kl", "accuracy_loss_relative", "l0", "composite"), "23_labels": ("share", "gain", "detection", "fuzzing"),
-    "30_concepts": ("dead_few", "dead_most", "mcc", "f1"), "51_log": ("met", "met_not_shown", "missed")}
+    "30_concepts": ("dead_few", "dead_most", "mcc", "f1"), "40_prompts": ("type_other_wording", "level_other_wording"), "41_planes": ("exact_digits", "separation"), "51_log": ("met", "met_not_shown", "missed")}
 
 def headline(e: Entry, most: int = 4) -> dict[str, float]:
     "Up to `most` numbers that a node found: its `HEADLINES`, or else all, the ones a criterion asks for first."

@@ -30,10 +30,10 @@ from ..sae.activations import opening_token
 # %% ../../nbs/40_prompts.ipynb #3bc7281c
 def _bad(path: Path, line: int, what: str) -> UserError:
     "What is wrong in which line of a prompt file."
-    return UserError(f"{short_path(path)}:{line}: {what}")
+    return UserError(f"{short_path(path)}:{line}: {' '.join(what.split())}")
 
 def _whole(path: Path, line: int, key: str, value: str) -> int:
-    if not re.fullmatch(r"-?\d+", value): raise _bad(path, line, f"{key} {value!r}: expected a whole number")
+    if not re.fullmatch(r"-?\d{1,9}", value): raise _bad(path, line, f"{key} {value!r}: expected a whole number")
     return int(value)
 
 def _table(path: Path, rows: Sequence[tuple[int, dict[str, str]]]) -> pd.DataFrame:
@@ -85,7 +85,7 @@ def _read_delimited(path: Path, text: str) -> pd.DataFrame:
             if not any(fields): continue
             if head is None:
                 head = [f.strip() for f in fields]
-                if len(set(head)) < len(head) or not {"core_id", "prompt"} <= set(head): raise _bad(path, lines.line_num, f"header {', '.join(head)}: expected core_id, prompt and factors, each once")
+                if len(set(head)) < len(head) or not all(head) or not {"core_id", "prompt"} <= set(head): raise _bad(path, lines.line_num, f"header {', '.join(head)}: expected core_id, prompt and factors, each once")
                 continue
             if len(fields) != len(head): raise _bad(path, lines.line_num, f"{len(fields)} fields, the header has {len(head)}")
             rows.append((lines.line_num, dict(zip(head, fields))))
@@ -120,7 +120,7 @@ def _frames(path: Path, node, factors: list[str], cell: dict[str, str]) -> Itera
 
 def _read_yaml(path: Path, text: str) -> pd.DataFrame:
     try: top = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as e: raise _bad(path, getattr(getattr(e, "problem_mark", None), "line", 0) + 1, f"not YAML ({getattr(e, 'problem', None) or e})") from None
+    except (yaml.YAMLError, RecursionError) as e: raise _bad(path, getattr(getattr(e, "problem_mark", None), "line", 0) + 1, f"not YAML ({getattr(e, 'problem', None) or e})") from None
     if isinstance(top, yaml.SequenceNode):
         rows = [(_line(n), {k: _word(path, v, k) for k, v in _pairs(path, n, "a row").items()}) for n in top.value]
         for (line, row), head in ((r, rows[0][1]) for r in rows):
@@ -132,6 +132,7 @@ def _read_yaml(path: Path, text: str) -> pd.DataFrame:
         if k not in parts: raise _bad(path, _line(top), f"no {k!r} in it; a design has factors, cores and frames")
     if not isinstance(parts["factors"], yaml.SequenceNode): raise _bad(path, _line(parts["factors"]), "factors: expected a list of names")
     factors = [_word(path, n, "a factor") for n in parts["factors"].value]
+    if len({"core_id", "paraphrase", "prompt", "", *factors}) < len(factors) + 4: raise _bad(path, _line(parts["factors"]), f"factors {', '.join(factors)}: expected names, each once, other than core_id, paraphrase and prompt")
     cores = {k: _word(path, v, "a core") for k, v in _pairs(path, parts["cores"], "cores").items()}
     frames = list(_frames(path, parts["frames"], factors, {}))
     table = _table(path, [(line, {"core_id": c} | cell | {"prompt": cell["prompt"].replace("{core}", words)}) for c, words in cores.items() for line, cell in frames])

@@ -191,6 +191,10 @@ def parser() -> argparse.ArgumentParser:
     label.add_argument("--review", default="", metavar="FILE", help="decisions of a reader, .csv or .json; made where it is missing")
     label.add_argument("-p", action="append", default=[], metavar="KNOB=VALUE", help="further knobs of chapter 23, such as -p budget=2")
     label.add_argument("--cores", type=int, help="processes at a time (profiles/default says 2)")
+    recovery = sub.add_parser("recovery", help="judge the outputs of a clamp sweep: what collapsed, recovered, was harmed")
+    recovery.add_argument("what", choices=["report"])
+    recovery.add_argument("file", help="tab-separated: core_id, type, level, sweep, prompt, output")
+    recovery.add_argument("--out", default="", metavar="FOLDER", help="where to write metrics CSV, improvement report and curve (beside the file)")
     sub.add_parser("chapters", help="list the chapters and their knobs")
     return top
 
@@ -219,7 +223,17 @@ def _carry_out(a: argparse.Namespace) -> int:
     if a.command == "validate-rewards": return _validate(a.params, a.layer, a.seeds, a.cores)
     if a.command == "explain": return _explain(a.text, a.run, a.layer, a.of, a.html)
     if a.command == "label": return _label(a.params, a.layer, pairs(a.p) | {k: v for k in ("labeller", "judge", "base_url", "review") if (v := getattr(a, k))}, a.cores)
+    if a.command == "recovery": return _recovery(a.file, a.out)
     return _chapters()
+
+def _recovery(file: str, out: str) -> int:
+    from neurocodec.resonance.recovery import curve, report, summary  # torch and transformers, needed here only
+    judged, files = report(file, out)
+    print("\n".join(summary(judged)))
+    columns = ["rule", "sweep", "stayed", "recovered", "recovered_without_loop", "recovery.low", "recovery.high", "harmed", "well", "p_holm"]
+    if len(table := curve(judged)): print(f"\n{table[columns].to_string(index=False, float_format='{:.3f}'.format)}\n")
+    print("\n".join(short_path(f) for f in files))
+    return 0
 
 def _book(out: str) -> int:
     from neurocodec.book.press import build, stage  # Sphinx is slow to import

@@ -200,6 +200,10 @@ def parser() -> argparse.ArgumentParser:
     app.add_argument("--layer", type=int, help="layer that the page opens with; the first of the run, if not given")
     app.add_argument("--port", type=int, default=0, help="on 127.0.0.1 (a free one)")
     app.add_argument("--no-browser", dest="no_browser", action="store_true", help="only print the address")
+    recovery = sub.add_parser("recovery", help="judge the outputs of a clamp sweep: what collapsed, recovered, was harmed")
+    recovery.add_argument("what", choices=["report"])
+    recovery.add_argument("file", help="tab-separated: core_id, type, level, sweep, prompt, output")
+    recovery.add_argument("--out", default="", metavar="FOLDER", help="where to write metrics CSV, improvement report and curve (beside the file)")
     sub.add_parser("chapters", help="list the chapters and their knobs")
     return top
 
@@ -229,6 +233,7 @@ def _carry_out(a: argparse.Namespace) -> int:
     if a.command == "validate-rewards": return _validate(a.params, a.layer, a.seeds, a.cores)
     if a.command == "explain": return _explain(a.text, a.run, a.layer, a.of, a.html, a.words, a.base_url)
     if a.command == "label": return _label(a.params, a.layer, pairs(a.p) | {k: v for k in ("labeller", "judge", "base_url", "review") if (v := getattr(a, k))}, a.cores)
+    if a.command == "recovery": return _recovery(a.file, a.out)
     return _chapters()
 
 APPS = {"clamp": "61_clamp_app"}  # name → its notebook
@@ -260,6 +265,14 @@ def _app(which: str, run: str, layer: int | None, port: int, browser: bool) -> i
         free.close()
         print(f"serving on http://127.0.0.1:{port} (Ctrl-C ends it); the page takes some seconds to open", flush=True)
         return subprocess.run([sys.executable, "-m", "voila", str(path), f"--port={port}", "--Voila.ip=127.0.0.1", "--strip_sources=True", *([] if browser else ["--no-browser"])], preexec_fn=end_with_parent).returncode
+def _recovery(file: str, out: str) -> int:
+    from neurocodec.resonance.recovery import curve, report, summary  # torch and transformers, needed here only
+    judged, files = report(file, out)
+    print("\n".join(summary(judged)))
+    columns = ["rule", "sweep", "stayed", "recovered", "recovered_without_loop", "recovery.low", "recovery.high", "harmed", "well", "p_holm"]
+    if len(table := curve(judged)): print(f"\n{table[columns].to_string(index=False, float_format='{:.3f}'.format)}\n")
+    print("\n".join(short_path(f) for f in files))
+    return 0
 
 def _book(out: str) -> int:
     from neurocodec.book.press import build, stage  # Sphinx is slow to import

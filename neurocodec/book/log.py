@@ -174,7 +174,7 @@ CRITERIA = SAE + DECODER + CODEC + RESONANCE
 
 # %% ../../nbs/51_log.ipynb #e39999ac
 HEADLINES = {  # chapter → its findings, where no criterion names them
-    "04_nano": ("loss",), "10_sparse": ("gradient_difference",), "11_dictionary": ("mcc",), "13_train": ("ev", "dead", "tokens"),
+    "04_nano": ("loss",), "06_coherence": ("false_positives", "loops_greedy", "legacy_greedy"), "10_sparse": ("gradient_difference",), "11_dictionary": ("mcc",), "13_train": ("ev", "dead", "tokens"),
     "16_layers": ("chosen_layer", "proxy"), "21_policy": ("kl", "accuracy_loss_relative", "l0", "composite"), "23_labels": ("share", "gain", "detection", "fuzzing"),
     "30_concepts": ("dead_few", "dead_most", "mcc", "f1"), "40_prompts": ("type_other_wording", "level_other_wording"), "41_planes": ("exact_digits", "separation"), "51_log": ("met", "met_not_shown", "missed")}
 
@@ -203,7 +203,8 @@ def chosen_layer(entries: list[Entry]) -> int | None:
 CONTROLS = {"pca": "PCA, equal rank", "untrained": "untrained", "random_model": "fresh weights", "random": "random directions",
             "matched": "same, fewer tokens", "bigram": "bigram", "tuned": "tuned lens", "tokens": "tokens for features", "shuffled": "shuffled codes",
             "supervised": "before reinforcement learning", "random_reward": "random rewards", "random_gate": "as many random features",
-            "activation_order": "order of size", "random_order": "random order", "deranged": "deranged labels"}  # the parts of a metric's name that make it a control, and what they are called in print
+            "activation_order": "order of size", "random_order": "random order", "deranged": "deranged labels",
+            "random_neuron": "other neurons", "sampling": "sampling, no clamp"}  # the parts of a metric's name that make it a control, and what they are called in print
 SAME = ("matched",)  # of these, what is the same method; that it meets a target too takes nothing away
 
 def rivals(t: Target, beside: dict[str, Any]) -> list[str]:

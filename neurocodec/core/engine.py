@@ -35,10 +35,11 @@ FOLLOWS: dict[str, tuple[str, ...]] = {  # chapter → chapters whose folders it
     "30_concepts": (),
     "31_squeezer": ("02_text", "12_activations", "13_train"),
     "32_gates": ("02_text", "12_activations", "13_train"),
+    "33_roommates": ("02_text", "12_activations", "13_train", "31_squeezer"),
     "50_explorer": ("02_text", "12_activations", "13_train", "22_importance", "23_labels"),
 }
 FOLLOWS["51_log"] = tuple(FOLLOWS)        # looks back on all of them
-ALL_LAYERS = ("16_layers", "31_squeezer", "32_gates", "50_explorer", "51_log")  # read every layer's nodes, not only their own
+ALL_LAYERS = ("16_layers", "31_squeezer", "32_gates", "33_roommates", "50_explorer", "51_log")  # read every layer's nodes, not only their own
 NANO_ONLY = ("04_nano",)                  # about the embedded model, whatever the run's model is
 TWO_CORES = ("05_lens", "12_activations", "16_layers")  # long, and alone on their way to the end
 

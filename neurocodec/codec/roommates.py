@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TAX', 'path_gain', 'rooms', 'sharing', 'roommate_pairs', 'alike', 'matched_pairs', 'Counts', 'count_pairs',
            'pooled_log_odds', 'mantel_haenszel', 'Contrast', 'contrast', 'means', 'differences', 'sign_flips',
-           'feature_variance', 'Verdict', 'judge', 'moved_apart', 'dealt', 'Interference', 'interference',
+           'feature_variance', 'Verdict', 'judge', 'moved_apart', 'dealt', 'Interference', 'interference', 'who_pays',
            'partial_spearman', 'area', 'effective_features']
 
 # %% ../../nbs/33_roommates.ipynb #7bc3f0d3
@@ -271,6 +271,14 @@ def interference(
         alone_B = float(silent_F.sum()) + np.bincount(row, change_n.numpy(), m.shape[0])
         tokens.append(np.stack([error_BF.sum(1).numpy(), alone_B, (f_BF * per_F).square().sum(1).numpy()]))
     return Interference(*(x.numpy() for x in (natural_F, alone_F, square_F)), *np.concatenate(tokens, 1))
+
+def who_pays(got: Interference, x_NF: sp.csr_matrix, mates_FF: np.ndarray) -> dict[str, float]:
+    "Rank correlations of features' interference with how many roommates they have and how many of these fire with them, frequency taken out."
+    on = (x_NF > 0).astype(np.float32)
+    n_F, live_F = np.asarray(on.sum(0)).ravel(), got.square_F > 0
+    with_F = np.asarray((on.T @ on).multiply(mates_FF & ~np.eye(len(mates_FF), dtype=bool)).sum(1)).ravel() / np.maximum(n_F, 1)
+    ranks = {k: partial_spearman(v[live_F], got.tax_F[live_F], n_F[live_F]) for k, v in (("roommates", mates_FF.sum(1)), ("roommates_firing", with_F))}
+    return ranks | {"features": int(live_F.sum())}
 
 def partial_spearman(x_N: np.ndarray, y_N: np.ndarray, given_N: np.ndarray) -> float:
     "Spearman's correlation of x and y with the ranks of a third taken out of both."

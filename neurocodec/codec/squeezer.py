@@ -28,7 +28,7 @@ from ..sae.activations import kept_tokens, opening_token
 from ..sae.dictionary import Dictionary
 from ..sae.layers import csr
 from ..sae.quality import Clean, Tally, own_codes, splice, token_losses
-from ..sae.sparse import Codes, Support, decode_at, encode_at, from_codes, preactivations, steady_sum, support_where, topk
+from ..sae.sparse import Codes, Support, decode_at, encode_at, from_codes, preactivations, steady_sum, support_where
 
 # %% ../../nbs/31_squeezer.ipynb #9125f8c1
 def support_of(m: sp.csr_matrix, device="cpu") -> tuple[Tensor, Support]:
@@ -74,13 +74,13 @@ class Squeezer:
     def decode(self, z_NM: Tensor, k: int, block: int = 1024) -> Codes:
         "Codes of the k largest activations that are read back, with the dictionary's numbers."
         parts = [strongest(self.read(z), k) for z in z_NM.split(block)] or [Codes(z_NM.new_zeros(0, k), self.features_F.new_zeros(0, k))]
-        return Codes(torch.cat([p.values_Bk for p in parts]), self.features_F[torch.cat([p.indices_Bk for p in parts])])
+        values_Nk, at_Nk = (torch.cat(p) for p in zip(*parts))
+        return Codes(values_Nk, self.features_F[at_Nk].where(values_Nk > 0, 0))
 
 def strongest(hat_NF: Tensor, k: int) -> Codes:
     "The k largest of each row, by falling value."
-    at_Nk = topk(hat_NF, min(k, hat_NF.shape[1]))
-    values_Nk, order = hat_NF.gather(1, at_Nk).sort(dim=1, descending=True, stable=True)
-    return Codes(values_Nk, at_Nk.gather(1, order))
+    values_Nk, at_Nk = hat_NF.topk(min(k, hat_NF.shape[1]), dim=1)
+    return Codes(values_Nk, at_Nk.where(values_Nk > 0, 0))
 
 # %% ../../nbs/31_squeezer.ipynb #e05488fd
 def save_squeezer(path: str | Path, s: Squeezer, about: dict[str, str] | None = None) -> None:
@@ -140,7 +140,7 @@ class SqueezerConfig:
     "One matrix for writing and reading."
     quiet: float = 0.0
     "Weight of the sum of neurons in the loss; the larger, the fewer are active."
-    steps: int = 100
+    steps: int = 80
     "Updates."
     batch: int = 128
     "Codes per update, drawn with replacement."
@@ -288,8 +288,8 @@ def tally_codes(tally: Tally, doc_N: Tensor, f_NF: Tensor, hats: dict[str, Tenso
 
 def chosen_only(hat_NF: Tensor, k: int) -> Tensor:
     "The k largest of each row, zero elsewhere."
-    at_Nk = topk(hat_NF, min(k, hat_NF.shape[1]))
-    return torch.zeros_like(hat_NF).scatter(1, at_Nk, hat_NF.gather(1, at_Nk))
+    least_N1 = hat_NF.topk(min(k, hat_NF.shape[1]), dim=1).values[:, -1:]
+    return torch.where(hat_NF >= least_N1, hat_NF, 0)
 
 # %% ../../nbs/31_squeezer.ipynb #de4601f3
 @torch.no_grad()

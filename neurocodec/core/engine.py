@@ -34,7 +34,7 @@ FOLLOWS: dict[str, tuple[str, ...]] = {  # chapter → chapters whose folders it
     "25_evaluate": ("02_text", "05_lens", "12_activations", "13_train", "20_decoder"),
     "30_concepts": (),
     "31_squeezer": ("02_text", "12_activations", "13_train"),
-    "32_gates": ("02_text", "12_activations", "13_train"),
+    "32_gates": ("02_text", "12_activations", "13_train", "31_squeezer"),
     "33_roommates": ("02_text", "12_activations", "13_train", "31_squeezer"),
     "50_explorer": ("02_text", "12_activations", "13_train", "22_importance", "23_labels"),
 }

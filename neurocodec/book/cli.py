@@ -174,6 +174,8 @@ def parser() -> argparse.ArgumentParser:
     explain.add_argument("--run", default="nano", help="a finished run below results/ (nano)")
     explain.add_argument("--layer", type=int, help="layer whose features explain; the first that the run has explained, if not given")
     explain.add_argument("--of", default="model", help="`model`, or one of chapter 20's decoders, such as `attention`")
+    explain.add_argument("--words", default="", metavar="SPEC", help="let `server:MODEL` or `local:MODEL` put the features into prose too; it does not see the text")
+    explain.add_argument("--base-url", dest="base_url", default="http://127.0.0.1:8000/v1", help="of that server (%(default)s)")
     explain.add_argument("--html", default="", metavar="FILE", help="write an HTML fragment instead")
     evaluate = sub.add_parser("evaluate", help="print what a run measured; with --tasks, put published benchmarks to its subjects")
     evaluate.add_argument("what", choices=list(MEASURED))
@@ -217,7 +219,7 @@ def _carry_out(a: argparse.Namespace) -> int:
     if a.command == "convert": return _convert(a.src, a.dst, a.to, a.kind, a.scale)
     if a.command == "evaluate": return _evaluate(a)
     if a.command == "validate-rewards": return _validate(a.params, a.layer, a.seeds, a.cores)
-    if a.command == "explain": return _explain(a.text, a.run, a.layer, a.of, a.html)
+    if a.command == "explain": return _explain(a.text, a.run, a.layer, a.of, a.html, a.words, a.base_url)
     if a.command == "label": return _label(a.params, a.layer, pairs(a.p) | {k: v for k in ("labeller", "judge", "base_url", "review") if (v := getattr(a, k))}, a.cores)
     return _chapters()
 
@@ -232,14 +234,18 @@ def _convert(src: str, dst: str, to: str, kind: str, scale: float | None) -> int
     print(convert(src, dst, to, kind, scale))
     return 0
 
-def _explain(text: str, run: str, layer: int | None, of: str, html: str) -> int:
+def _explain(text: str, run: str, layer: int | None, of: str, html: str, words: str = "", base_url: str = "") -> int:
     check_run(run, "--run")
     have = sorted(int(p.parent.name[1:]) for p in (results() / run).glob("L[0-9]*/24_explain"))
     if not have or layer is not None and layer not in have:
         raise UserError(f"run {run} has explained {'no layer' if not have else 'layers ' + ', '.join(map(str, have))}; `neurocodec run params/{run}.yaml --until explain` does it for all of its layers")
     os.environ.setdefault("NEUROCODEC_QUIET", "1")  # an answer of seconds needs no bars
-    from neurocodec.decoder.explain import explain_text, to_html, to_terminal  # torch and transformers, needed here only
+    from neurocodec.decoder.explain import explain_text, to_html, to_terminal, verbalise  # torch and transformers, needed here only
     e = explain_text(text, run, have[0] if layer is None else layer, of)
+    if words:
+        from neurocodec.decoder.labels import ask, make_chat
+        chat = make_chat(words, 200, base_url)
+        e = e._replace(words=f"{e.words}\n{words} says: {verbalise(lambda q: ask(chat, [q], desc='words')[0].text, e)}")
     if html:
         with atomic(html) as tmp: tmp.write_text(str(to_html(e)), encoding="utf8")
     else:
@@ -249,9 +255,11 @@ def _explain(text: str, run: str, layer: int | None, of: str, html: str) -> int:
 
 def _validate(path: str, layers: list[int] | None, seeds: int | None, cores: int | None) -> int:
     if seeds is not None and seeds < 2: raise UserError(f"--seeds {seeds}: the tests need at least 2, and say little below 5")
-    if code := run_params(path, layers, "21_policy", {} if seeds is None else {"seeds": str(seeds)}, cores): return code
     p = read_params(path)
-    for layer in layers or p.layers:
+    chosen = [n for n in layers or p.layers if not {"21_policy", f"L{n}/21_policy"} & set(p.skip)]
+    if not chosen: raise UserError(f"{path} skips 21_policy at layer {', '.join(map(str, layers or p.layers))}; take it out of `skip`, or choose another --layer")
+    if code := run_params(path, layers, "21_policy", {} if seeds is None else {"seeds": str(seeds)}, cores): return code
+    for layer in chosen:
         m = Folder(results() / p.run / f"L{layer}" / "21_policy", f"neurocodec validate-rewards {path}").metrics
         print(f"layer {layer}, {m['validation.seeds']} seeds of every arm\n" + "\n".join(reward_lines(m)))
     return 0

@@ -86,6 +86,8 @@ class Faith(NamedTuple):
     sufficiency: float
     deletion: float           # area under the probability, over the share removed
     insertion: float          # over the share inserted
+    falls: tuple[float, ...]  # the probability with none, FRACTIONS and all removed
+    rises: tuple[float, ...]  # with none, FRACTIONS and all inserted
 
 def faith(output: Output, case: Case, orders: list[np.ndarray], to_k: np.ndarray) -> list[Faith]:
     "Remove and keep the first features of every order; removed ones are set to `to_k`."
@@ -100,8 +102,9 @@ def faith(output: Output, case: Case, orders: list[np.ndarray], to_k: np.ndarray
     p_R = last_logits(output, case.pool, torch.where(gone_Rk, to_k, value_k)).softmax(-1)[:, case.token].double().cpu().numpy()
     whole, none, x = p_R[0], p_R[1], np.array([0, *(m / n for m in counts), 1])
     without, only = p_R[2:].reshape(len(orders), len(counts), 2).transpose(2, 0, 1)
-    return [Faith(float((whole - a).mean()), float((whole - b).mean()), float(np.trapezoid([whole, *a, none], x)), float(np.trapezoid([none, *b, whole], x)))
-            for a, b in zip(without, only)]
+    curves = [((whole, *a, none), (none, *b, whole)) for a, b in zip(without.tolist(), only.tolist())]
+    return [Faith(float(whole - np.mean(falls[1:-1])), float(whole - np.mean(rises[1:-1])), float(np.trapezoid(falls, x)), float(np.trapezoid(rises, x)), falls, rises)
+            for falls, rises in curves]
 
 # %% ../../nbs/24_explain.ipynb #09179a3c
 def draw_values(features_k: np.ndarray, pool: Pool, rng: np.random.Generator) -> np.ndarray:

@@ -147,7 +147,7 @@ def separation(x_SK: np.ndarray, on_S: np.ndarray, weight_RS: np.ndarray | None 
 def snr_by_size(
     x_SN: np.ndarray, on_S: np.ndarray, doc_S: np.ndarray,  # features by snippet, whether it is the theme's, its document
     sizes: Sequence[int],       # numbers of features; the first is 1
-    rng: np.random.Generator, draws: int = 10, n_boot: int = 0, seed: int = 0,
+    rng: np.random.Generator, draws: int = 40, n_boot: int = 0, seed: int = 0,
 ) -> np.ndarray:
     "(1 + n_boot, len(sizes)) mean d' of the mean of so many features, each divided by its spread; then the same on resampled documents."
     x_SN, (_, row_S) = x_SN / np.maximum(x_SN.std(0), 1e-9), np.unique(doc_S, return_inverse=True)
@@ -366,12 +366,15 @@ def summary(
             "collapsed": float(rows.collapsed.mean()), "distinct2": float(rows.distinct2.mean()), "loop_share": float(rows.loop_share.mean())}
 
 # %% ../../nbs/35_steering.ipynb #87b21018
-def pick_themes(everyone: Sequence[Theme], n: int) -> list[Theme]:
-    "The n themes that single out a domain best, one for each domain; where none does, the n most stable."
-    best: dict[Any, Theme] = {}
-    for t in sorted(everyone, key=lambda t: (-(t.auroc or 0), t.theme)):
-        if t.domain is not None and t.features: best.setdefault(t.domain, t)
-    return (list(best.values()) or sorted((t for t in everyone if t.features), key=lambda t: -t.stability))[:n]
+def pick_themes(everyone: Sequence[Theme], seen: Survey, domain_S: np.ndarray, n: int, least: int = 5) -> list[Theme]:
+    "The n themes that tell a domain best on surveyed snippets, each with a domain of its own; where there is one domain alone, the n most stable, without."
+    able, names = [t for t in everyone if t.features], [k for k, c in zip(*np.unique(domain_S.astype(str), return_counts=True)) if least <= c <= len(domain_S) - least]
+    if not names: return [t._replace(domain=None) for t in sorted(able, key=lambda t: -t.stability)[:n]]
+    score_ST = np.stack([seen.mean_SF[:, t.features] @ np.array(t.membership) for t in able], 1) if able else np.empty((len(domain_S), 0))
+    pairs, out = [(float(d), i, str(k)) for k in names for i, d in enumerate(separation(score_ST, domain_S == k)[0])], {}
+    for _, i, k in sorted(pairs, reverse=True):
+        if k not in out and i not in {j for j, _ in out.values()}: out[k] = (i, able[i]._replace(domain=k))
+    return [t for _, t in list(out.values())[:n]]
 
 def stand_ins(seen: Survey, domain_S: np.ndarray, n: int, size: int = 12) -> list[Theme]:
     "Where no themes were found: for the n commonest domains, the features that tell them best, all of equal weight."

@@ -6,8 +6,8 @@
 __all__ = ['METHODS', 'DEGREES', 'BUCKETS', 'Direction', 'moved', 'steer', 'Survey', 'survey', 'direction', 'separation',
            'snr_by_size', 'exponent', 'Ground', 'Forced', 'ground', 'force', 'boost', 'crossing', 'ngrams', 'Judge',
            'learn_judge', 'pieces', 'openings', 'theme_words', 'Arm', 'theme_vector', 'alike', 'control_vectors',
-           'best_features', 'write_texts', 'summary', 'pick_themes', 'stand_ins', 'own_documents', 'write_gguf',
-           'write_lm_eval', 'Kit', 'write_kit', 'read_kit']
+           'output_score', 'best_features', 'write_texts', 'summary', 'pick_themes', 'stand_ins', 'own_documents',
+           'write_gguf', 'write_lm_eval', 'Kit', 'write_kit', 'read_kit']
 
 # %% ../../nbs/35_steering.ipynb #103ca3c3
 import importlib.util, math
@@ -311,6 +311,12 @@ def control_vectors(
     out = {k: (theme_vector(W_dec_FD, f, weights[:len(f)]), f) for k, f in chosen.items() if f}
     on_N = torch.tensor(on_N)
     return out | {"sign flip": (-out["theme"][0], t.features), "DiffMean": (seen.x_ND[on_N].mean(0) - seen.x_ND[~on_N].mean(0), [])}
+
+@torch.no_grad()
+def output_score(lm: LM, W_FD: Tensor, words: Sequence[int], x_D: Tensor, length: float) -> np.ndarray:
+    "(F,) nats by which each row, as long as the stream and added to x, raises the words' probability at the model's own unembedding (Arad et al. 2025, for words given)."
+    log_p = lm.unembed(torch.cat([x_D[None], x_D + length * normalize(W_FD.float(), dim=1)]).to(lm.device)).float().log_softmax(-1)[:, list(words)].logsumexp(-1).cpu()
+    return (log_p[1:] - log_p[0]).numpy()
 
 def best_features(mean_SF: np.ndarray, on_S: np.ndarray, n: int, least: int = 5) -> list[int]:
     "The n features that tell the theme's snippets from others best, best first; each fires in `least` snippets or more."

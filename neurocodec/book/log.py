@@ -158,10 +158,11 @@ CODEC = (
     Criterion("gates.prevalence", "Neurons act as OR gates", "share of the neurons of chapter 31's quiet bottlenecks, four features to a neuron, that pass every test of an OR gate", "about 21.8 %", "32_gates", "prevalence"),
     Criterion("squeezer.loss_ratio", "Squeezing costs little", "next-token loss with codes squeezed to a quarter as many neurons, over that with the dictionary's own codes; the worst layer", "≤ 1.82 ×", "31_squeezer", "loss_ratio"),
     Criterion("roommates.tax", "Sharing a neuron has a price", "error with shared neurons over error with one neuron each", "about 10.9 ×", "33_roommates", "tax"),
-    Criterion("themes.snr", "A population is clearer than one feature", "signal-to-noise ratio of a theme over that of its features", "≥ 9.7 ×", "34_themes", "snr"),
-    Criterion("themes.exponent", "… and grows with √N", "exponent of that ratio in the number of features", "about 0.5", "34_themes", "exponent"),
-    Criterion("steering.boost", "Themes steer", "probability of the theme's words, steered over not", "≥ 2.0 ×", "35_steering", "boost"),
-    Criterion("steering.overhead", "… at little cost", "rise of perplexity at that strength", "≤ 14.5 %", "35_steering", "overhead"),
+    Criterion("themes.snr", "A population is clearer than one feature", "d' of the mean of up to 94 features that tell a domain's snippets best, over the mean d' of one of them", "≥ 9.7 ×", "35_steering", "snr"),
+    Criterion("themes.exponent", "… and grows with √N", "exponent of that ratio in the number of features", "about 0.5", "35_steering", "exponent"),
+    Criterion("steering.lift", "Themes steer what is written", "rise of a text-only judge's log-odds at a strength that costs 10 % perplexity on select, less the 95 % quantile of random vectors", "> 0 nats", "35_steering", "lift"),
+    Criterion("steering.boost", "… and what is expected next", "probability of the theme's held-out words, steered over not", "≥ 2.0 ×", "35_steering", "boost"),
+    Criterion("steering.overhead", "… at little cost", "rise of perplexity, under the untouched model, of what the steered one writes next, at that strength", "≤ 14.5 %", "35_steering", "overhead"),
     Criterion("monitor.detection", "Themes watch", "unsafe prompts detected, the threshold fixed on other prompts", "≥ 98.2 %", "36_monitor", "detection"),
 )
 RESONANCE = (
@@ -206,6 +207,9 @@ CONTROLS = {"pca": "PCA, equal rank", "untrained": "untrained", "random_model": 
             "random_neuron": "other neurons", "sampling": "sampling, no clamp"}  # the parts of a metric's name that make it a control, and what they are called in print
             "keep": "strongest features alone", "mixture": "random mixture, sparse recovery", "activation_order": "order of size", "random_order": "random order", "deranged": "deranged labels"}  # the parts of a metric's name that make it a control, and what they are called in print
 SAME = ("matched",)  # of these, what is the same method; that it meets a target too takes nothing away
+            "random_theme": "a random theme", "shuffled_members": "members of other themes", "sign_flip": "turned round", "single": "a single feature", "screened": "a third of its members",
+            "best_features": "features chosen by domain", "diffmean": "DiffMean", "prompt": "a prompt", "independent": "noise made independent"}  # the parts of a metric's name that make it a control, and what they are called in print
+SAME = ("matched", "single", "screened", "best_features", "diffmean", "prompt", "independent")  # of these, what is the same method or another way to the same end; that it meets a target too takes nothing away
 
 def rivals(t: Target, beside: dict[str, Any]) -> list[str]:
     "The controls that meet a target as well; `beside` has their values, and bounds as `name.low` and `name.high`."

@@ -158,7 +158,8 @@ CODEC = (
     Criterion("gates.recall", "… and most of them", "recall of the detector on planted gates, a tenth of firings missed", "≥ 0.9", "32_gates", "recall"),
     Criterion("gates.prevalence", "Neurons act as OR gates", "share of the neurons of chapter 31's quiet bottlenecks, four features to a neuron, that pass every test of an OR gate", "about 21.8 %", "32_gates", "prevalence"),
     Criterion("squeezer.loss_ratio", "Squeezing costs little", "next-token loss with codes squeezed to a quarter as many neurons, over that with the dictionary's own codes; the worst layer", "≤ 1.82 ×", "31_squeezer", "loss_ratio"),
-    Criterion("roommates.tax", "Sharing a neuron has a price", "error with shared neurons over error with one neuron each", "about 10.9 ×", "33_roommates", "tax"),
+    Criterion("roommates.log_odds", "Roommates fire together less", "upper end of the 95 % interval of the log-odds ratio with which features that share a neuron fire together, less that of pairs matched in frequency, documents and cosine; rooms of either sign", "< 0", "33_roommates", "log_odds_high"),
+    Criterion("codec.superposition_tax", "Sharing a neuron has a price", "squared error of the stream with four features a neuron, over that with the dictionary's own code, a row for each", "about 10.9 ×", "33_roommates", "tax"),
     Criterion("themes.snr", "A population is clearer than one feature", "signal-to-noise ratio of a theme over that of its features", "≥ 9.7 ×", "34_themes", "snr"),
     Criterion("themes.exponent", "… and grows with √N", "exponent of that ratio in the number of features", "about 0.5", "34_themes", "exponent"),
     Criterion("steering.boost", "Themes steer", "probability of the theme's words, steered over not", "≥ 2.0 ×", "35_steering", "boost"),
@@ -175,7 +176,7 @@ CRITERIA = SAE + DECODER + CODEC + RESONANCE
 HEADLINES = {  # chapter → its findings, where no criterion names them
     "04_nano": ("loss",), "10_sparse": ("gradient_difference",), "11_dictionary": ("mcc",), "13_train": ("ev", "dead", "tokens"),
     "16_layers": ("chosen_layer", "proxy"), "21_policy": ("kl", "accuracy_loss_relative", "l0", "composite"), "23_labels": ("share", "gain", "detection", "fuzzing"),
-    "30_concepts": ("dead_few", "dead_most", "mcc", "f1"), "51_log": ("met", "met_not_shown", "missed")}
+    "30_concepts": ("dead_few", "dead_most", "mcc", "f1"), "33_roommates": ("log_odds", "log_odds_one_sign", "log_odds_opposed", "tax"), "51_log": ("met", "met_not_shown", "missed")}
 
 def headline(e: Entry, most: int = 4) -> dict[str, float]:
     "Up to `most` numbers that a node found: its `HEADLINES`, or else all, the ones a criterion asks for first."
@@ -202,7 +203,7 @@ def chosen_layer(entries: list[Entry]) -> int | None:
 CONTROLS = {"pca": "PCA, equal rank", "untrained": "untrained", "random_model": "fresh weights", "random": "random directions",
             "matched": "same, fewer tokens", "bigram": "bigram", "tuned": "tuned lens", "tokens": "tokens for features", "shuffled": "shuffled codes",
             "supervised": "before reinforcement learning", "random_reward": "random rewards", "random_gate": "as many random features",
-            "keep": "strongest features alone", "mixture": "random mixture, sparse recovery", "activation_order": "order of size", "random_order": "random order", "deranged": "deranged labels"}  # the parts of a metric's name that make it a control, and what they are called in print
+            "keep": "strongest features alone", "dealt": "rooms dealt at random", "apart": "bottleneck of shifted codes", "mixture": "random mixture, sparse recovery", "activation_order": "order of size", "random_order": "random order", "deranged": "deranged labels"}  # the parts of a metric's name that make it a control, and what they are called in print
 SAME = ("matched",)  # of these, what is the same method; that it meets a target too takes nothing away
 
 def rivals(t: Target, beside: dict[str, Any]) -> list[str]:

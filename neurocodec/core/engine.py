@@ -35,7 +35,7 @@ FOLLOWS: dict[str, tuple[str, ...]] = {  # chapter → chapters whose folders it
     "30_concepts": (),
     "32_gates": ("02_text", "12_activations", "13_train"),
     "34_themes": ("02_text", "12_activations", "13_train", "23_labels"),
-    "50_explorer": ("02_text", "12_activations", "13_train", "22_importance", "23_labels"),
+    "50_explorer": ("02_text", "12_activations", "13_train", "22_importance", "23_labels", "34_themes"),
 }
 FOLLOWS["51_log"] = tuple(FOLLOWS)        # looks back on all of them
 ALL_LAYERS = ("16_layers", "32_gates", "34_themes", "50_explorer", "51_log")  # read every layer's nodes, not only their own

@@ -156,8 +156,8 @@ DECODER = (
 CODEC = (
     Criterion("gates.precision", "OR gates are found, and only those", "precision of the detector on planted gates", "≥ 0.95", "32_gates", "precision"),
     Criterion("gates.recall", "… and most of them", "recall of the detector on planted gates, a tenth of firings missed", "≥ 0.9", "32_gates", "recall"),
-    Criterion("gates.prevalence", "Neurons act as OR gates", "share of the bottleneck's neurons that pass every test of an OR gate", "about 21.8 %", "32_gates", "prevalence"),
-    Criterion("squeezer.loss_ratio", "Squeezing costs little", "reconstruction loss through the bottleneck, over the dictionary's own", "≤ 1.82 ×", "31_squeezer", "loss_ratio"),
+    Criterion("gates.prevalence", "Neurons act as OR gates", "share of the neurons of chapter 31's quiet bottlenecks, four features to a neuron, that pass every test of an OR gate", "about 21.8 %", "32_gates", "prevalence"),
+    Criterion("squeezer.loss_ratio", "Squeezing costs little", "next-token loss with codes squeezed to a quarter as many neurons, over that with the dictionary's own codes; the worst layer", "≤ 1.82 ×", "31_squeezer", "loss_ratio"),
     Criterion("roommates.tax", "Sharing a neuron has a price", "error with shared neurons over error with one neuron each", "about 10.9 ×", "33_roommates", "tax"),
     Criterion("themes.snr", "A population is clearer than one feature", "signal-to-noise ratio of a theme over that of its features", "≥ 9.7 ×", "34_themes", "snr"),
     Criterion("themes.exponent", "… and grows with √N", "exponent of that ratio in the number of features", "about 0.5", "34_themes", "exponent"),
@@ -202,7 +202,7 @@ def chosen_layer(entries: list[Entry]) -> int | None:
 CONTROLS = {"pca": "PCA, equal rank", "untrained": "untrained", "random_model": "fresh weights", "random": "random directions",
             "matched": "same, fewer tokens", "bigram": "bigram", "tuned": "tuned lens", "tokens": "tokens for features", "shuffled": "shuffled codes",
             "supervised": "before reinforcement learning", "random_reward": "random rewards", "random_gate": "as many random features",
-            "activation_order": "order of size", "random_order": "random order", "deranged": "deranged labels"}  # the parts of a metric's name that make it a control, and what they are called in print
+            "keep": "strongest features alone", "mixture": "random mixture, sparse recovery", "activation_order": "order of size", "random_order": "random order", "deranged": "deranged labels"}  # the parts of a metric's name that make it a control, and what they are called in print
 SAME = ("matched",)  # of these, what is the same method; that it meets a target too takes nothing away
 
 def rivals(t: Target, beside: dict[str, Any]) -> list[str]:

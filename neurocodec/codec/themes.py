@@ -10,7 +10,8 @@ __all__ = ['METHODS', 'ThemeConfig', 'unit', 'directions', 'encode_rows', 'sampl
            'neural_atlas', 'present']
 
 # %% ../../nbs/34_themes.ipynb #f0e4d55a
-import json
+import json, re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -328,10 +329,14 @@ def short_name(text: str, most: int = 60) -> str:
     text = " ".join(text.split())
     return text if len(text) <= most else text[:most].rsplit(" ", 1)[0].rstrip(" ,;") + " …"
 
-def theme_name(features: list[int], labels: dict[int, dict[str, Any]], tokens: list[str]) -> str:
-    "A confident label of the theme's strongest features, or else its tokens."
-    said = next((labels[f]["label"] for f in features if f in labels and labels[f].get("confident") and labels[f].get("label")), "")
-    return short_name(said) or " · ".join(repr(t)[1:-1] for t in tokens) or "no tokens"
+def theme_name(features: list[int], labels: dict[int, dict[str, Any]], tokens: list[str], m: int = 4) -> str:
+    "Words that the confident labels of a theme's features share, or the label of the strongest, or else its tokens."
+    said = {f: r["label"] for f, r in labels.items() if r.get("confident") and r.get("label")}
+    own, usual = (Counter(w for f in some for w in set(re.findall("“([^”]+)”", said[f]))) for some in ([f for f in features if f in said], said))
+    n, every = max(1, sum(f in said for f in features)), max(1, len(said))
+    shared = sorted((w for w in own if own[w] > 1 and own[w] / n > usual[w] / every), key=lambda w: (usual[w] / every - own[w] / n, w))[:m]
+    if shared: return " · ".join(f"“{w}”" for w in shared)
+    return short_name(next((said[f] for f in features if f in said), "")) or " · ".join(f"“{t}”" for t in tokens) or "no tokens"
 
 # %% ../../nbs/34_themes.ipynb #16ca009a
 def neural_atlas(

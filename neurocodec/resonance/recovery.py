@@ -8,7 +8,7 @@ __all__ = ['PROMPT', 'BASELINE', 'NOTHING', 'COLUMNS', 'RULES', 'ORIGINAL', 'OUR
            'hold', 'push', 'hold_feature', 'written_by', 'write_texts']
 
 # %% ../../nbs/44_recovery.ipynb #56bb9b79
-import csv, io, math, re
+import csv, math, re
 from collections import Counter
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Sequence

@@ -158,7 +158,7 @@ CODEC = (
     Criterion("gates.recall", "… and most of them", "recall of the detector on planted gates, a tenth of firings missed", "≥ 0.9", "32_gates", "recall"),
     Criterion("gates.prevalence", "Neurons act as OR gates", "share of the neurons of chapter 31's quiet bottlenecks, four features to a neuron, that pass every test of an OR gate", "about 21.8 %", "32_gates", "prevalence"),
     Criterion("squeezer.loss_ratio", "Squeezing costs little", "next-token loss with codes squeezed to a quarter as many neurons, over that with the dictionary's own codes; the worst layer", "≤ 1.82 ×", "31_squeezer", "loss_ratio"),
-    Criterion("roommates.log_odds", "Roommates fire together less", "upper end of the 95 % interval of the log-odds ratio with which features that share a neuron fire together, less that of pairs matched in frequency, documents and cosine; rooms of either sign", "< 0", "33_roommates", "log_odds_high"),
+    Criterion("roommates.log_odds", "Roommates fire together less", "upper end of the 95 % interval of the log-odds ratio with which two features that excite the same neuron of a squeezer, four features to a neuron, fire together, less that of pairs matched in frequency, documents and cosine", "< 0", "33_roommates", "log_odds_high"),
     Criterion("codec.superposition_tax", "Sharing a neuron has a price", "squared error of the stream with four features a neuron, over that with the dictionary's own code, a row for each", "about 10.9 ×", "33_roommates", "tax"),
     Criterion("themes.snr", "A population is clearer than one feature", "signal-to-noise ratio of a theme over that of its features", "≥ 9.7 ×", "34_themes", "snr"),
     Criterion("themes.exponent", "… and grows with √N", "exponent of that ratio in the number of features", "about 0.5", "34_themes", "exponent"),
@@ -176,7 +176,7 @@ CRITERIA = SAE + DECODER + CODEC + RESONANCE
 HEADLINES = {  # chapter → its findings, where no criterion names them
     "04_nano": ("loss",), "10_sparse": ("gradient_difference",), "11_dictionary": ("mcc",), "13_train": ("ev", "dead", "tokens"),
     "16_layers": ("chosen_layer", "proxy"), "21_policy": ("kl", "accuracy_loss_relative", "l0", "composite"), "23_labels": ("share", "gain", "detection", "fuzzing"),
-    "30_concepts": ("dead_few", "dead_most", "mcc", "f1"), "33_roommates": ("log_odds", "log_odds_one_sign", "log_odds_opposed", "tax"), "51_log": ("met", "met_not_shown", "missed")}
+    "30_concepts": ("dead_few", "dead_most", "mcc", "f1"), "33_roommates": ("log_odds", "log_odds_opposed", "tax"), "51_log": ("met", "met_not_shown", "missed")}
 
 def headline(e: Entry, most: int = 4) -> dict[str, float]:
     "Up to `most` numbers that a node found: its `HEADLINES`, or else all, the ones a criterion asks for first."

@@ -138,6 +138,8 @@ class SqueezerConfig:
     "Features per neuron."
     tied: bool = True
     "One matrix for writing and reading."
+    start: str = "own"
+    "`own`: the strongest features start with a neuron each; `random`: no neuron starts with a feature."
     quiet: float = 0.0
     "Weight of the sum of neurons in the loss; the larger, the fewer are active."
     steps: int = 80
@@ -151,6 +153,7 @@ class SqueezerConfig:
 
     def __post_init__(self):
         must(self.ratio >= 1, self, "ratio", "1 or more features per neuron")
+        must(self.start in ("own", "random"), self, "start", "own or random")
         must(self.quiet >= 0, self, "quiet", "0 or more")
         must(self.steps >= 1, self, "steps", "1 or more")
         must(self.batch >= 1, self, "batch", "1 or more")
@@ -167,8 +170,10 @@ def train_squeezer(
     "A squeezer of these codes that takes and gives the dictionary's units."
     x_NF, (n, F), rng = sample.x_NF, sample.x_NF.shape, np.random.default_rng([config.seed, 31])
     M = max(1, round(F / config.ratio))
-    W = (.1 / M**.5 * rng.standard_normal((F, M))).astype(np.float32)
-    W[np.argsort(-energy(x_NF), kind="stable")[:M], np.arange(M)] = 1
+    W = (rng.standard_normal((F, M)) / M**.5).astype(np.float32)
+    if config.start == "own":
+        W *= .1
+        W[np.argsort(-energy(x_NF), kind="stable")[:M], np.arange(M)] = 1
     V, b, c = torch.from_numpy(W).to(device), torch.zeros(M, device=device), torch.full((F,), -.05, device=device)
     U = V if config.tied else V.clone()
     weights = [p.requires_grad_() for p in ((V, b, c) if config.tied else (V, b, c, U))]

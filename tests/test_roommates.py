@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 
 from neurocodec.codec.concepts import ConceptConfig, World, firings, shifted
 from neurocodec.codec.roommates import (
-    TAX, alike, area, contrast, count_pairs, dealt, differences, feature_variance, interference, judge, mantel_haenszel, moved_apart, partial_spearman, path_gain, rooms, roommate_pairs, sharing, sign_flips)
+    KINDS, TAX, alike, area, contrast, count_pairs, dealt, differences, feature_variance, interference, judge, mantel_haenszel, moved_apart, partial_spearman, path_gain, room_limits, rooms, roommate_pairs, sharing, sign_flips)
 from neurocodec.codec.squeezer import Sample, Squeezer, SqueezerConfig, keep_strongest, read_through, take_sample, through, train_squeezer
 from neurocodec.core.lm import tiny
 from neurocodec.core.run import UserError
@@ -63,7 +63,9 @@ def test_gains_do_not_depend_on_the_scale_of_neurons_or_features():
     a, s = torch.rand(4, 1, generator=g) + .1, torch.rand(9, 1, generator=g) + .1
     one, two = (Squeezer(v, u, torch.zeros(4), torch.zeros(9), torch.arange(9)) for v, u in ((V, U), (a * V / s.T, s * U / a.T)))
     np.testing.assert_allclose(path_gain(one), path_gain(two), rtol=1e-4)
-    assert (rooms(one, .2) == rooms(two, .2)).all() and (rooms(one, -9) != 0).sum() == (path_gain(one) > 0).sum()
+    assert (rooms(one, (.2, .3)) == rooms(two, (.2, .3))).all() and (rooms(one, (-9, -9)) != 0).sum() == (path_gain(one) > 0).sum()
+    limits = room_limits(one, .9)
+    assert ((rooms(one, limits) > 0).mean() <= .11) and ((rooms(one, limits) < 0).mean() <= .11)
 
 
 def test_random_rooms_are_called_significant_no_more_often_than_stated(code):
@@ -83,15 +85,15 @@ def test_planted_effects_have_their_size_and_are_seen(code, share):
 
 
 def test_signs_are_kept_apart(code):
-    "Pairs of one sign, whose meetings are thinned, and opposed ones, which are left alone."
+    "Pairs that both excite, whose meetings are thinned, and the others, which are left alone."
     c = ask(code, house(np.random.default_rng(2)))
     thin, joint = moved_apart(c, .6).own.joint_DP.toarray(), c.own.joint_DP.toarray()
-    mixed = c._replace(own=c.own._replace(joint_DP=sp.csr_matrix(np.where(c.sign_P > 0, thin, joint))))
+    mixed = c._replace(own=c.own._replace(joint_DP=sp.csr_matrix(np.where(c.kind_P > 0, thin, joint))))
     got = judge(mixed, n_boot=20, n_flips=199)
-    assert got["one sign"].pooled.high < -.5 < got["opposed"].pooled.low
-    assert got["one sign"].pairs + got["opposed"].pairs == got["all"].pairs
+    assert got["both excite"].pooled.high < -.5 < min(got["opposed"].pooled.low, got["both hush"].pooled.low)
+    assert sum(got[k].pairs for k in KINDS) == got["all"].pairs
     only = judge(ask(code, np.abs(house(np.random.default_rng(2)))), n_boot=0, n_flips=99)
-    assert set(only) == {"all", "one sign"}
+    assert set(only) == {"all", "both excite"}
 
 
 def test_shifted_codes_hold_nothing(code):
@@ -205,5 +207,5 @@ def test_prices_through_other_architectures(kind):
     assert abs(TAX["kl"](t, "same")[0]) < .02 and TAX["error"](t, "keep")[0] > 1
     got = interference(s, seen, sample.scale_F)
     assert np.isfinite(got.natural_N).all() and len(got.natural_N) == len(doc)
-    assert (differences(contrast(np.sign(rooms(s, 0)) * (np.arange(sample.x_NF.shape[1]) % 7 < 3), seen, np.unique(doc, return_inverse=True)[1], d.W_dec.detach()[torch.from_numpy(sample.features_F)],
+    assert (differences(contrast(np.sign(rooms(s, (0, 0))) * (np.arange(sample.x_NF.shape[1]) % 7 < 3), seen, np.unique(doc, return_inverse=True)[1], d.W_dec.detach()[torch.from_numpy(sample.features_F)],
                                  np.ones((48,) * 2, bool)[: len(sample.features_F), : len(sample.features_F)], enough=1), np.ones((1, len(ids))))[0].shape[0]) == 1

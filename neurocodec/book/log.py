@@ -159,6 +159,8 @@ CODEC = (
     Criterion("gates.prevalence", "Neurons act as OR gates", "share of the neurons of chapter 31's quiet bottlenecks, four features to a neuron, that pass every test of an OR gate", "about 21.8 %", "32_gates", "prevalence"),
     Criterion("squeezer.loss_ratio", "Squeezing costs little", "next-token loss with codes squeezed to a quarter as many neurons, over that with the dictionary's own codes; the worst layer", "≤ 1.82 ×", "31_squeezer", "loss_ratio"),
     Criterion("roommates.tax", "Sharing a neuron has a price", "error with shared neurons over error with one neuron each", "about 10.9 ×", "33_roommates", "tax"),
+    Criterion("themes.stability", "Features fall into themes", "agreement (AMI) of the themes with those found again in 80 % of the features, less the larger of two nulls' (clouds of equal covariance, shifted codes), at the layer where that is least", "> 0", "34_themes", "stability"),
+    Criterion("themes.coverage", "… which are dense clusters of directions", "share of the features that HDBSCAN groups by their encoder directions, less the same in clouds of equal covariance, at the layer where that is least", "> 0 %", "34_themes", "coverage"),
     Criterion("themes.snr", "A population is clearer than one feature", "signal-to-noise ratio of a theme over that of its features", "≥ 9.7 ×", "34_themes", "snr"),
     Criterion("themes.exponent", "… and grows with √N", "exponent of that ratio in the number of features", "about 0.5", "34_themes", "exponent"),
     Criterion("steering.boost", "Themes steer", "probability of the theme's words, steered over not", "≥ 2.0 ×", "35_steering", "boost"),

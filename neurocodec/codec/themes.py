@@ -39,6 +39,8 @@ class ThemeConfig:
     "Dimensions kept; in more of them density says little."
     min_firings: int = 10
     "Firings from which a feature's company is believed."
+    min_tokens: int = 10
+    "Tokens from which a document has a say in what a theme singles out."
     min_size: int = 5
     "Smallest cluster of HDBSCAN …"
     share: float = 0.001
@@ -93,7 +95,7 @@ def company(codes_NF: sp.csr_matrix, config: ThemeConfig = ThemeConfig()) -> np.
         return scale_F * (b_FN @ y_N - p_F * y_N.sum())
     k = min(config.dims, F)
     if F <= 2 * config.dims: values, axes_FK = (x[..., -k:] for x in np.linalg.eigh(np.stack([phi(e) for e in np.eye(F)])))
-    else: values, axes_FK = eigsh(LinearOperator((F, F), phi, dtype=np.float64), k, v0=np.random.default_rng(0).normal(size=F), tol=1e-6)
+    else: values, axes_FK = eigsh(LinearOperator((F, F), phi, dtype=np.float64), k, v0=np.random.default_rng(0).normal(size=F), tol=1e-4)
     return unit((axes_FK * np.sqrt(np.maximum(values, 0)))[:, ::-1])
 
 # %% ../../nbs/34_themes.ipynb #021b7af3
@@ -228,13 +230,10 @@ def aurocs(score_DT: np.ndarray, classes_D: np.ndarray, classes: np.ndarray) -> 
     ranks_TC = rankdata(score_DT, axis=0).T @ is_DC
     with np.errstate(invalid="ignore", divide="ignore"): return (ranks_TC - n_C * (n_C + 1) / 2) / (n_C * (D - n_C))
 
-def lookalikes(count_F: np.ndarray, groups: list[np.ndarray], n: int, rng: np.random.Generator, width: int = 25) -> sp.csr_matrix:
-    "(F, groups · n) n random groups for each, of features at most `width` ranks from its own in frequency, a column a group."
+def lookalikes(count_F: np.ndarray, group: np.ndarray, n: int, rng: np.random.Generator, width: int = 25) -> np.ndarray:
+    "(n, members) random groups, of features at most `width` ranks in frequency from the group's own."
     order_F = np.argsort(count_F, kind="stable")
-    place_F = order_F.argsort()
-    rows = [order_F[np.clip(place_F[g] + rng.integers(-width, width + 1, (n, len(g))), 0, len(order_F) - 1)] for g in groups]
-    columns = [np.repeat(np.arange(i * n, (i + 1) * n), r.shape[1]) for i, r in enumerate(rows)]
-    return sp.csr_matrix((np.ones(sum(r.size for r in rows)), (np.concatenate([r.ravel() for r in rows]), np.concatenate(columns))), shape=(len(order_F), len(groups) * n))
+    return order_F[np.clip(order_F.argsort()[group] + rng.integers(-width, width + 1, (n, len(group))), 0, len(order_F) - 1)]
 
 def passes(p_T: np.ndarray, q: float = .05) -> np.ndarray:
     "(T,) bool, by Benjamini & Hochberg's rule."
@@ -260,13 +259,15 @@ def single_out(
     "None where fewer than two classes have `least` documents on both sides."
     classes = np.array([c for c in np.unique(found[1]) if min((found[1] == c).sum(), (confirm[1] == c).sum()) >= least])
     if len(classes) < 2 or not groups: return None
-    own_FT = sp.csr_matrix((np.ones(sum(map(len, groups))), (np.concatenate(groups), np.repeat(np.arange(len(groups)), [len(g) for g in groups]))), shape=(len(count_F), len(groups)))
-    both = sp.hstack([own_FT, lookalikes(count_F, groups, n_random, np.random.default_rng([seed, 5]))], format="csr")
-    here, there = (aurocs((m @ both).toarray(), c, classes) for m, c in (found, confirm))
-    best = here.argmax(1)
-    value, T = there[np.arange(len(best)), best], len(groups)
-    null_TR = value[T:].reshape(T, n_random)
-    return Singled(classes[best[:T]], value[:T], null_TR.mean(1) if n_random else np.full(T, np.nan), (1 + (null_TR >= value[:T, None]).sum(1)) / (1 + n_random))
+    rng, out = np.random.default_rng([seed, 5]), []
+    for g in groups:
+        sets = [g, *lookalikes(count_F, g, n_random, rng)]
+        sums_SF = sp.csr_matrix((np.ones(len(g) * len(sets)), np.concatenate(sets), np.arange(len(sets) + 1) * len(g)), shape=(len(sets), len(count_F)))
+        here, there = (aurocs((sums_SF @ m.T).toarray().T, c, classes) for m, c in (found, confirm))
+        best = here.argmax(1)
+        value, *null = there[np.arange(len(best)), best]
+        out.append((classes[best[0]], value, np.mean(null) if null else np.nan, (1 + sum(x >= value for x in null)) / (1 + n_random)))
+    return Singled(*map(np.array, zip(*out)))
 
 # %% ../../nbs/34_themes.ipynb #53a92534
 def intruders(

@@ -9,7 +9,7 @@ setup(
     url=c["git_url"], license="Apache-2.0", python_requires=f">={c['min_python']}",
     packages=find_packages(include=["neurocodec", "neurocodec.*"]),
     package_data={"neurocodec": ["data/**/*"]}, include_package_data=True,
-    install_requires=c["requirements"].split(), extras_require={"dev": c["dev_requirements"].split()},
+    install_requires=c["requirements"].split(), extras_require={"dev": c["dev_requirements"].split(), "gguf": c["gguf_requirements"].split()},
     entry_points={"console_scripts": c["console_scripts"].split()},
     zip_safe=False,
 )

@@ -56,10 +56,12 @@ def moved(
         return new_ND if method == "additive" else new_ND * (h_ND.norm(dim=1, keepdim=True) / new_ND.norm(dim=1, keepdim=True).clamp_min(1e-8))
     if method == "rotation":
         v_ND, size_N1 = d.v_D * s_N1.sign(), h_ND.norm(dim=1, keepdim=True).clamp_min(1e-8)
-        cos_N1 = ((h_ND / size_N1) * v_ND).sum(1, keepdim=True).clamp(-1, 1)
-        across_ND = normalize(v_ND - cos_N1 * h_ND / size_N1, dim=1)
-        angle_N1 = torch.minimum((s_N1.abs() * DEGREES).deg2rad(), cos_N1.acos())
-        return size_N1 * (angle_N1.cos() * h_ND / size_N1 + angle_N1.sin() * across_ND)
+        unit_ND = h_ND / size_N1
+        cos_N1 = (unit_ND * v_ND).sum(1, keepdim=True)
+        across_ND = v_ND - cos_N1 * unit_ND
+        across_ND = across_ND - (across_ND * unit_ND).sum(1, keepdim=True) * unit_ND  # once more: next to v there is little left but rounding
+        angle_N1 = torch.minimum((s_N1.abs() * DEGREES).deg2rad(), torch.atan2(across_ND.norm(dim=1, keepdim=True), cos_N1))
+        return size_N1 * (angle_N1.cos() * unit_ND + angle_N1.sin() * normalize(across_ND, dim=1))
     if method == "cap":
         at_N1, limit_N1 = (h_ND * d.v_D).sum(1, keepdim=True), d.middle[:, None] + (1 - s_N1 / 10) * (d.top - d.middle)[:, None]
         return h_ND - torch.where(s_N1 > 0, (at_N1 - limit_N1).clamp_min(0), 0) * d.v_D
@@ -373,8 +375,9 @@ def summary(
 
 # %% ../../nbs/35_steering.ipynb #87b21018
 def pick_themes(everyone: Sequence[Theme], seen: Survey, domain_S: np.ndarray, n: int, least: int = 5) -> list[Theme]:
-    "The n themes that tell a domain best on surveyed snippets, each with a domain of its own; where there is one domain alone, the n most stable, without."
-    able, names = [t for t in everyone if t.features], [k for k, c in zip(*np.unique(domain_S.astype(str), return_counts=True)) if least <= c <= len(domain_S) - least]
+    "The n themes that tell a domain best on surveyed snippets, each with a domain of its own that has `least` documents or more; where there is no such domain, the n most stable, without."
+    able, docs = [t for t in everyone if t.features], pd.Series(seen.doc_S).groupby(domain_S.astype(str)).nunique()
+    names = [k for k, c in docs.items() if least <= c <= docs.sum() - least]
     if not names: return [t._replace(domain=None) for t in sorted(able, key=lambda t: -t.stability)[:n]]
     score_ST = np.stack([seen.mean_SF[:, t.features] @ np.array(t.membership) for t in able], 1) if able else np.empty((len(domain_S), 0))
     pairs, out = [(float(d), i, str(k)) for k in names for i, d in enumerate(separation(score_ST, domain_S == k)[0])], {}

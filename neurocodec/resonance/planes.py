@@ -147,6 +147,7 @@ def _unit(x_ND: np.ndarray) -> np.ndarray:
     norm = np.linalg.norm(x_ND, axis=1, keepdims=True)
     return np.divide(x_ND, norm, out=np.zeros_like(x_ND), where=norm > 0)
 
+# %% ../../nbs/41_planes.ipynb #4bddcff6
 def axes(p: Planes) -> tuple[np.ndarray, np.ndarray]:
     "(u1_PD, u2_PD): the orthonormal axes of every plane."
     unit_MD = _unit(p.basis.vectors_MD)
@@ -311,9 +312,8 @@ def compare(a: Reading, b: Reading, cluster: dict[str, str] | None = None, n_boo
     keys = [k for k in a.keys if k in set(b.keys)]
     if not keys: raise UserError("planes: the two runs have no item in common")
     at_a, at_b = ([{k: i for i, k in enumerate(r.keys)}[k] for k in keys] for r in (a, b))
-    groups, (draws, flips), out = [(cluster or {}).get(k, k) for k in keys], (None, None), []
-    G = len(set(groups))
-    rng = np.random.default_rng(seed)
+    groups, out = [(cluster or {}).get(k, k) for k in keys], []
+    G, rng = len(set(groups)), np.random.default_rng(seed)
     flips = np.array(list(itertools.product((1., -1.), repeat=G))) if 2**G <= n_perm + 1 else np.vstack([np.ones(G), rng.choice([-1., 1.], (n_perm, G))])
     for k in range(len(a.pair_P2)):
         z = [r.polar.rho_PN[k, at] * np.exp(1j * r.polar.psi_PN[k, at]) for r, at in ((a, at_a), (b, at_b))]

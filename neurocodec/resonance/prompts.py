@@ -314,6 +314,7 @@ class Passed(NamedTuple):
     start: int               # column of the first token behind the prompts
     seen: dict[str, Tensor]  # hook → (B, T', ...), zero at padding; T' = T, or T - 1 where the model wrote
 
+# %% ../../nbs/40_prompts.ipynb #fb907805
 @torch.no_grad()
 def write(
     lm: LM, tokens_BT: Tensor, mask_BT: Tensor,  # prompts, padded on the left
@@ -341,9 +342,10 @@ def write(
     alive_BN = ended_BN.cumsum(1) - ended_BN.int() == 0  # up to and with the end-of-text token
     return Passed(tokens, torch.cat([mask_BT.bool(), alive_BN], 1), start, {h: torch.cat(f.parts, 1) for h, f in listeners.items()})
 
+# %% ../../nbs/40_prompts.ipynb #3cb17be6
 @torch.no_grad()
 def read(lm: LM, texts: Passed, clamp: Clamp | None = None, values: Sequence[float | None] = (), hooks: Sequence[str] = (), seeds: Sequence[int] = (0,)) -> Passed:
-    "Read texts that stand already (teacher forcing) under a clamp value per row; `last` clamps every text's last position."
+    "Read texts under a clamp value per row; `last` clamps every text's last position."
     length_B, n = texts.real_BT[:, : texts.start].sum(1), texts.tokens_BT.shape[1] - texts.start
     acts = [] if clamp is None else interventions(clamp, values, hook_shape(lm, clamp.hook), length_B, n, seeds)
     mask = torch.cat([texts.real_BT[:, : texts.start], torch.ones_like(texts.real_BT[:, texts.start:])], 1).long()
@@ -380,6 +382,7 @@ class CaptureConfig:
         must(self.bos in BOS, self, "bos", ", ".join(BOS))
         must(self.batch >= 1, self, "batch", "1 or more")
 
+# %% ../../nbs/40_prompts.ipynb #bc08d33c
 def encode(lm: LM, texts: Sequence[str], bos: str = "model") -> tuple[Tensor, Tensor]:
     "(tokens_BT, mask_BT) padded on the left, opened as `bos` says."
     if bos == "model": return lm.encode(texts)
@@ -399,7 +402,8 @@ def window_means(p: Passed, hook: str, opened_B: Tensor) -> dict[str, Tensor]:
     first_BT = real_BT & (real_BT.cumsum(1) == 1) & opened_B[:, None]
     at = {"last": real_BT & (column == p.start - 1), "prompt": real_BT & (column < p.start) & ~first_BT,
           "generated": real_BT & (column >= p.start), "predicting": real_BT & (column >= p.start - 1) & after_BT & (column < p.tokens_BT.shape[1] - 1)}
-    return {k: (x_BTM * m[:, :, None]).sum(1) / m.sum(1, keepdim=True) for k, m in at.items()}
+    share_BWT = torch.stack([m / m.sum(1, keepdim=True) for m in at.values()], 1)
+    return dict(zip(at, (share_BWT @ x_BTM).unbind(1)))
 
 # %% ../../nbs/40_prompts.ipynb #cbf1820a
 def fingerprint(lm: LM) -> str:
@@ -470,6 +474,7 @@ class Capture:
         "16 hex digits over settings and content: two captures compare only what both hold."
         return hashlib.sha256("".join([self.about["key"], *map(digest, self.parts)]).encode()).hexdigest()[:16]
 
+# %% ../../nbs/40_prompts.ipynb #1b3608a2
 def capture(
     folder: str | Path, lm: LM,
     prompts: pd.DataFrame,         # as from `read_prompts`

@@ -163,7 +163,7 @@ CODEC = (
     Criterion("themes.exponent", "… and grows with √N", "exponent of that ratio in the number of features", "about 0.5", "34_themes", "exponent"),
     Criterion("steering.boost", "Themes steer", "probability of the theme's words, steered over not", "≥ 2.0 ×", "35_steering", "boost"),
     Criterion("steering.overhead", "… at little cost", "rise of perplexity at that strength", "≤ 14.5 %", "35_steering", "overhead"),
-    Criterion("monitor.detection", "Themes watch", "unsafe prompts detected, the threshold fixed on other prompts", "≥ 98.2 %", "36_monitor", "detection"),
+    Criterion("monitor.detection", "Themes watch", "share of the prompts from a watched package that raise an alarm, mean over packages; the threshold fixed at 1 % false alarms on other documents", "≥ 98.2 %", "36_monitor", "detection"),
 )
 RESONANCE = (
     Criterion("recovery.collapsed_baselines", "Some baselines collapse", "share of baselines that the brief's rule calls collapsed", "about 8 of 140", "44_recovery", "collapsed_baselines"),
@@ -175,6 +175,7 @@ CRITERIA = SAE + DECODER + CODEC + RESONANCE
 HEADLINES = {  # chapter → its findings, where no criterion names them
     "04_nano": ("loss",), "10_sparse": ("gradient_difference",), "11_dictionary": ("mcc",), "13_train": ("ev", "dead", "tokens"),
     "16_layers": ("chosen_layer", "proxy"), "21_policy": ("kl", "accuracy_loss_relative", "l0", "composite"), "23_labels": ("share", "gain", "detection", "fuzzing"),
+    "36_monitor": ("detection", "auroc", "false_alarms"), "43_neurons": ("loneliness", "kurtosis", "rate"),
     "30_concepts": ("dead_few", "dead_most", "mcc", "f1"), "51_log": ("met", "met_not_shown", "missed")}
 
 def headline(e: Entry, most: int = 4) -> dict[str, float]:
@@ -202,7 +203,8 @@ def chosen_layer(entries: list[Entry]) -> int | None:
 CONTROLS = {"pca": "PCA, equal rank", "untrained": "untrained", "random_model": "fresh weights", "random": "random directions",
             "matched": "same, fewer tokens", "bigram": "bigram", "tuned": "tuned lens", "tokens": "tokens for features", "shuffled": "shuffled codes",
             "supervised": "before reinforcement learning", "random_reward": "random rewards", "random_gate": "as many random features",
-            "activation_order": "order of size", "random_order": "random order", "deranged": "deranged labels"}  # the parts of a metric's name that make it a control, and what they are called in print
+            "activation_order": "order of size", "random_order": "random order", "deranged": "deranged labels",
+            "lexical": "token n-grams", "dense": "dense probe", "random_theme": "random features, equal frequency"}  # the parts of a metric's name that make it a control, and what they are called in print
 SAME = ("matched",)  # of these, what is the same method; that it meets a target too takes nothing away
 
 def rivals(t: Target, beside: dict[str, Any]) -> list[str]:

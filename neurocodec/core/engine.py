@@ -35,10 +35,12 @@ FOLLOWS: dict[str, tuple[str, ...]] = {  # chapter → chapters whose folders it
     "30_concepts": (),
     "32_gates": ("02_text", "12_activations", "13_train"),
     "34_themes": ("02_text", "12_activations", "13_train", "23_labels"),
+    "36_monitor": ("02_text", "12_activations", "13_train", "34_themes"),
+    "43_neurons": ("02_text",),
     "50_explorer": ("02_text", "12_activations", "13_train", "22_importance", "23_labels"),
 }
 FOLLOWS["51_log"] = tuple(FOLLOWS)        # looks back on all of them
-ALL_LAYERS = ("16_layers", "32_gates", "34_themes", "50_explorer", "51_log")  # read every layer's nodes, not only their own
+ALL_LAYERS = ("16_layers", "32_gates", "34_themes", "36_monitor", "50_explorer", "51_log")  # read every layer's nodes, not only their own
 NANO_ONLY = ("04_nano",)                  # about the embedded model, whatever the run's model is
 TWO_CORES = ("05_lens", "12_activations", "16_layers")  # long, and alone on their way to the end
 

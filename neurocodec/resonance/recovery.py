@@ -209,6 +209,7 @@ def push(layer: int, vector_BD: Tensor) -> list[Intervention]:
 
 def hold_feature(layer: int, d: Dictionary, feature: int, value: float) -> list[Intervention]:
     "Hold a feature of the stream after a block at a value, at every position; the rest of the stream is left alone."
+    @torch.no_grad()
     def _set(x_ND):
         codes, w = d.encode(x_ND.to(d.W_dec)), d.W_dec[feature]
         now_N = (codes.values_Bk * (codes.indices_Bk == feature)).sum(1)

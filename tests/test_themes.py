@@ -54,7 +54,7 @@ def test_points_do_not_depend_on_order_scale_or_threads():
     a, b = company(codes, ThemeConfig(dims=8)), company(sp.csr_matrix(codes[:, order] @ sp.diags(rng.uniform(.1, 9, 96))), ThemeConfig(dims=8))
     np.testing.assert_allclose((a @ a.T)[np.ix_(order, order)], b @ b.T, atol=1e-3)
     d, e = directions(W), directions(W[order] * 7)
-    np.testing.assert_allclose((d @ d.T)[np.ix_(order, order)], e @ e.T, atol=1e-9)
+    np.testing.assert_allclose((d @ d.T)[np.ix_(order, order)], e @ e.T, atol=1e-6)
     x, _ = points()
     with threadpool_limits(1): one = [directions(W), company(codes, ThemeConfig(dims=8)), *(m(x, ThemeConfig(groups=12)).label_F for m in METHODS.values())]
     with threadpool_limits(2): two = [directions(W), company(codes, ThemeConfig(dims=8)), *(m(x, ThemeConfig(groups=12)).label_F for m in METHODS.values())]
@@ -64,10 +64,10 @@ def test_points_do_not_depend_on_order_scale_or_threads():
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_a_cloud_without_groups_is_no_better_than_its_null(method):
     "The gain over the null is about zero where there is nothing to find, and large where there is."
-    lopsided = unit(np.random.default_rng(2).normal(size=(300, 12)) * np.linspace(3, .3, 12))
-    none, real = (examine(x, method, 4, seed=1, config=ThemeConfig(groups=12)) for x in (lopsided, points()[0]))
-    assert abs(none.ami_R.mean() - none.null_ami_R.mean()) < .2 < real.ami_R.mean() - real.null_ami_R.mean()
-    assert len(real.jaccard_C) == real.clusters.n and real.jaccard_C.max() <= 1 and len(real.null_coverage_R) == 4
+    clouds = [unit(np.random.default_rng(s).normal(size=(300, 12)) * np.linspace(3, .3, 12)) for s in range(4)]
+    *none, real = (examine(x, method, 3, seed=1, config=ThemeConfig(groups=12)) for x in (*clouds, points()[0]))
+    assert np.mean([a.ami_R.mean() - a.null_ami_R.mean() for a in none]) < .15 < real.ami_R.mean() - real.null_ami_R.mean()
+    assert len(real.jaccard_C) == real.clusters.n and real.jaccard_C.max() <= 1 and len(real.null_coverage_R) == 3
 
 
 def test_null_clouds_have_the_covariance():

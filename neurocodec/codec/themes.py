@@ -150,9 +150,14 @@ METHODS: dict[str, Callable] = {"HDBSCAN": dense, "spectral": spectral}
 
 # %% ../../nbs/34_themes.ipynb #437ff4ff
 def matched_cloud(x_FP: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    "(F, P) Gaussian points of the same mean and covariance, at unit length."
-    values, axes_PP = np.linalg.eigh(np.cov(x_FP.T))
-    return unit(x_FP.mean(0) + rng.normal(size=x_FP.shape) * np.sqrt(np.maximum(values, 0)) @ axes_PP.T)
+    "(F, P) points at unit length, Gaussian but for that, of the same mean and the same variance along every principal axis."
+    axes_PP = np.linalg.eigh(np.cov(x_FP.T))[1]
+    own_FP = x_FP @ axes_PP
+    mean_P, sd_P = own_FP.mean(0), own_FP.std(0)
+    y_FP = rng.normal(size=x_FP.shape)
+    for _ in range(20):  # taking unit length shrinks the wide axes, so they are widened again
+        y_FP = unit(mean_P + (y_FP - y_FP.mean(0)) * (sd_P / np.maximum(y_FP.std(0), 1e-12)))
+    return y_FP @ axes_PP.T
 
 def overlap(a_F: np.ndarray, b_F: np.ndarray) -> np.ndarray:
     "(groups of a,) the largest Jaccard index of each with a group of b; nan for groups that are not there."
@@ -193,7 +198,8 @@ def examine(
         y_FP = matched_cloud(x_FP, rng)
         c = method(y_FP, config)
         nulls.append((*recluster(y_FP, method, c, rng, config), c.coverage, c.n))
-    means_C = np.nan_to_num(np.nanmean([j for _, j in own] + [np.zeros(whole.n)] * (not own), axis=0)) if whole.n else np.zeros(0)
+    if not n: return Arm(whole, np.zeros(0), np.zeros(whole.n), *[np.zeros(0)] * 4)
+    means_C = np.nan_to_num(np.nanmean([j for _, j in own], axis=0)) if whole.n else np.zeros(0)
     return Arm(whole, np.array([a for a, _ in own]), means_C, *(np.array([v[0] for v in nulls]), np.concatenate([v[1] for v in nulls])), *(np.array([v[i] for v in nulls]) for i in (2, 3)))
 
 # %% ../../nbs/34_themes.ipynb #a56af7e5

@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'DEGREES', 'BUCKETS', 'Direction', 'moved', 'steer', 'Survey', 'survey', 'direction', 'separation',
-           'snr_by_size', 'exponent', 'Ground', 'Forced', 'ground', 'force', 'boost', 'crossing', 'ngrams', 'Judge',
+           'snr_by_size', 'exponent', 'Ground', 'Forced', 'ground', 'force', 'weighted', 'crossing', 'ngrams', 'Judge',
            'learn_judge', 'pieces', 'openings', 'theme_words', 'Arm', 'theme_vector', 'alike', 'control_vectors',
            'output_score', 'best_features', 'write_texts', 'summary', 'pick_themes', 'stand_ins', 'own_documents',
            'write_gguf', 'write_lm_eval', 'Kit', 'write_kit', 'read_kit']
 
 # %% ../../nbs/35_steering.ipynb #103ca3c3
 import importlib.util, math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, NamedTuple, Sequence
+from typing import NamedTuple, Sequence
 
 import numpy as np
 import pandas as pd
@@ -26,7 +25,7 @@ from torch.nn.functional import normalize
 from .themes import Theme
 from ..core.coherence import coherence
 from ..core.lm import LM, Intervention, change
-from ..core.run import UserError, atomic, progress, read_tensors, short_path
+from ..core.run import UserError, atomic, progress
 from ..core.text import Packed
 from ..sae.activations import kept_tokens, opening_token
 from ..sae.dictionary import Dictionary
@@ -199,9 +198,10 @@ def force(lm: LM, layer: int, g: Ground, words: Sequence[np.ndarray], push: Inte
     return Forced(torch.stack(mass, 1).double().cpu().numpy(), ((p - q) * g.log_p_PTV).sum(-1).mean(1).double().cpu().numpy(),
                   (p * (g.log_p_PTV - log_q)).sum(-1).mean(1).double().cpu().numpy(), float(angle), float((b.norm(dim=-1) / a.norm(dim=-1)).median()))
 
-def boost(mass_P: np.ndarray, mass0_P: np.ndarray, weight_RP: np.ndarray) -> np.ndarray:
-    "(R,) steered probability over unsteered; texts weighted, once for each resample."
-    return (weight_RP @ mass_P) / np.maximum(weight_RP @ mass0_P, 1e-12)
+def weighted(value_P: np.ndarray, weight_RP: np.ndarray, by_P: np.ndarray | float = 1.) -> np.ndarray:
+    "(R,) ratio of weighted sums of a value and of `by`, once for each resample; nan where nothing has weight."
+    below = weight_RP @ np.broadcast_to(by_P, value_P.shape)
+    return np.divide(weight_RP @ value_P, below, out=np.full(len(weight_RP), np.nan), where=below > 0)
 
 def crossing(strength_A: Sequence[float], cost_A: Sequence[float], limit: float) -> float:
     "The strength at which the cost, piecewise linear from nothing at 0, first reaches the limit, to the tenth below; the largest tried if it never does."
@@ -365,10 +365,9 @@ def summary(
         return (x.reindex(range(P)).to_numpy() for x in (by[f"odds{g}"].mean(), by.total.sum(), by.n_tokens.sum()))
     for g in sorted({g for t in rows.theme.unique() for g in (range(len(neutral_GP)) if t < 0 else [t])}):
         (odds, nats, n), (odds0, nats0, n0) = sums(rows[rows.theme.isin([g, -1])], g), sums(none, g)
-        w_RP = weight_RP * neutral_GP[g]
-        gain = odds - odds0
-        lifts.append(w_RP @ gain / np.maximum(w_RP.sum(1), 1e-9))
-        rises.append(w_RP @ nats / np.maximum(w_RP @ n, 1e-9) - w_RP @ nats0 / np.maximum(w_RP @ n0, 1e-9))
+        w_RP, gain = weight_RP * neutral_GP[g], odds - odds0
+        lifts.append(weighted(gain, w_RP))
+        rises.append(weighted(nats, w_RP, n) - weighted(nats0, w_RP, n0))
         wrong.append((gain < 0)[neutral_GP[g]].mean())
     return {"lift": np.mean(lifts, 0), "rise": np.mean(rises, 0), "by_theme": np.stack(lifts, 1), "wrong": float(np.mean(wrong)),
             "collapsed": float(rows.collapsed.mean()), "distinct2": float(rows.distinct2.mean()), "loop_share": float(rows.loop_share.mean())}

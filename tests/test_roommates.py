@@ -64,7 +64,7 @@ def test_gains_do_not_depend_on_the_scale_of_neurons_or_features():
     one, two = (Squeezer(v, u, torch.zeros(4), torch.zeros(9), torch.arange(9)) for v, u in ((V, U), (a * V / s.T, s * U / a.T)))
     np.testing.assert_allclose(path_gain(one), path_gain(two), rtol=1e-4)
     assert (rooms(one, (.2, .3)) == rooms(two, (.2, .3))).all() and (rooms(one, (-9, -9)) != 0).sum() == (path_gain(one) > 0).sum()
-    limits = room_limits(one, .9)
+    limits = room_limits(one, share=.9)
     assert ((rooms(one, limits) > 0).mean() <= .11) and ((rooms(one, limits) < 0).mean() <= .11)
 
 

@@ -28,10 +28,10 @@ def path_gain(squeezer) -> np.ndarray:
     "(M, F) share of every feature that passes through every neuron of a `codec.squeezer.Squeezer`."
     return (squeezer.W_enc_MF * squeezer.W_dec_FM.T).detach().cpu().float().numpy()
 
-def room_limits(null, share: float = .99) -> tuple[float, float]:
-    "The gains that an exciting and a hushing room must exceed: quantiles over the gains of a bottleneck that had nothing to arrange rooms by."
-    gain_MF, sign_MF = np.maximum(path_gain(null), 0), null.W_enc_MF.sign().cpu().numpy()
-    return tuple(float(np.quantile(gain_MF * (sign_MF == k), share)) for k in (1, -1))
+def room_limits(*squeezers, share: float = .99) -> tuple[float, float]:
+    "The gains that an exciting and a hushing room must exceed: quantiles over each squeezer's gains, and of these the largest."
+    def limit(s, k): return float(np.quantile(np.maximum(path_gain(s), 0) * (s.W_enc_MF.sign().cpu().numpy() == k), share))
+    return tuple(max(limit(s, k) for s in squeezers) for k in (1, -1))
 
 def rooms(
     squeezer,

@@ -349,14 +349,14 @@ def theme_name(features: list[int], labels: dict[int, dict[str, Any]], tokens: l
 def neural_atlas(
     themes: list[Theme],
     label_of: dict[int, str] | None = None,
-    weights_MF: np.ndarray | None = None, features_F: np.ndarray | None = None,  # what neurons read: weights, and the feature of each column
+    share_MF: np.ndarray | None = None, features_F: np.ndarray | None = None,  # how much of each feature comes back through each neuron, and the feature of each column
     n_neurons: int = 3,
 ) -> dict[str, Any]:
     "A layer of the atlas: features, neurons and themes, each with links to the others."
     where, neurons_of, label_of = {f: (t.theme, m) for t in themes for f, m in zip(t.features, t.membership)}, {}, label_of or {}
-    if weights_MF is not None:
-        strongest = np.argsort(-np.abs(weights_MF), axis=0, kind="stable")[:n_neurons].T
-        neurons_of = {int(f): [[int(m), float(weights_MF[m, j])] for m in strongest[j]] for j, f in enumerate(features_F)}
+    if share_MF is not None:
+        strongest = np.argsort(-np.abs(share_MF), axis=0, kind="stable")[:n_neurons].T
+        neurons_of = {int(f): [[int(m), float(share_MF[m, j])] for m in strongest[j]] for j, f in enumerate(features_F)}
     every = sorted({*where, *neurons_of})
     features = [{"feature": f, "label": label_of.get(f, ""), "theme": where.get(f, (None,))[0], "membership": where.get(f, (0, 0.))[1], "neurons": neurons_of.get(f, [])} for f in every]
     reads: dict[int, list[int]] = {}

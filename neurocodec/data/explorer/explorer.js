@@ -170,7 +170,7 @@
     const effect = t.rank && !missing(t.rank[i]) ? fact("effect", `rank ${number(t.rank[i])} of ${number(view.index.total)}`, [effects("attribution", "attributed", i), effects("exact", "ablated", i) || ", not ablated"]) : null;
     return el("dl", { class: "facts" },
       t.theme && !missing(t.theme[i]) && fact("theme", themeLink(view.index.themes.find((x) => x.theme === t.theme[i])), ` membership ${digits(t.membership[i], 2)}`),
-      t.neurons && t.neurons[i].length > 0 && fact("neurons", t.neurons[i].map(([m, w], j) => [j > 0 && "  ", neuronLink(m), el("span", { class: "quiet" }, ` ${w < 0 ? "−" : "+"}${digits(Math.abs(w), 2)}`)]), ", the weights with which they read it"),
+      t.neurons && t.neurons[i].length > 0 && fact("neurons", t.neurons[i].map(([m, w], j) => [j > 0 && "  ", neuronLink(m), el("span", { class: "quiet" }, ` ${w < 0 ? "−" : "+"}${digits(Math.abs(w), 2)}`)]), ", and how much of it comes back through each"),
       fact("active", `${number(t.count[i])} of ${number(seen)}`, ` positions, ${percent(t.count[i], seen)}`),
       !missing(t.share[i]) && fact("top token", `${(100 * t.share[i]).toFixed(0)} %`, [" of firings are on ", el("code", {}, quoted(t.words[i].length ? t.common[i] : ""))]),
       effect,
@@ -264,16 +264,16 @@
         el("p", { class: "quiet" }, "How much of it is found again when a fifth of the features is left out, beside 95 % of the groups in clouds of the same covariance that have none.")),
       el("dl", { class: "facts" }, fact("features", number(x.features.length), at.length < x.features.length ? `, ${number(at.length)} of them published here` : ""),
         x.domain ? fact("domain", el("bdi", {}, visible(x.domain)), ` is singled out on other documents, AUROC ${x.auroc.toFixed(2)}`) : fact("domain", "none singled out", missing(x.auroc) ? ", for there were none to tell" : `; the one chosen for it has AUROC ${x.auroc.toFixed(2)} on other documents, and random groups come about as far`),
-        neurons.length > 0 && fact("neurons", neurons.slice(0, 8).map(([m, n], j) => [j > 0 && "  ", neuronLink(m), el("span", { class: "quiet" }, ` ×${n}`)]), ", among the strongest readers of so many of its features")),
+        neurons.length > 0 && fact("neurons", neurons.slice(0, 8).map(([m, n], j) => [j > 0 && "  ", neuronLink(m), el("span", { class: "quiet" }, ` ×${n}`)]), ", which carry so many of its features")),
       section("Features", "By membership: how close each is to the middle of the theme.", members(x.features.map((f) => [f, view.row.has(f) && !missing(t.membership[view.row.get(f)]) ? t.membership[view.row.get(f)].toFixed(2) : ""])))];
   };
   const neuronPage = (m, found) => {
     const t = view.index.columns, all = [...new Set(t.neurons.flat().map(([k]) => k))].sort((a, b) => a - b), groups = tally(found.map(([i]) => t.theme[i]).filter((x) => !missing(x)));
     return [el("header", {}, el("span", { class: "id" }, `Neuron ${m}`), el("span", { class: "steps" }, turn(all, all.indexOf(m), "n"), close())),
-      el("h1", {}, `Reads ${number(found.length)} features of ${number(groups.length)} themes`),
-      el("p", { class: "help" }, "A neuron of the bottleneck that was trained to hold these features; shown are those of which it is among the strongest readers."),
+      el("h1", {}, `Carries ${number(found.length)} features of ${number(groups.length)} themes`),
+      el("p", { class: "help" }, "A neuron of the bottleneck that was trained to hold these features; shown are those for which it is among the three through which most comes back."),
       section("Themes", "With the number of features.", el("ol", { class: "list" }, groups.map(([k, n]) => el("li", {}, themeLink(view.index.themes.find((x) => x.theme === k)), el("span", { class: "value" }, `×${n}`))))),
-      section("Features", "With the weight it reads them with.", members(found.map(([i, w]) => [t.feature[i], `${w < 0 ? "−" : "+"}${digits(Math.abs(w), 2)}`])))];
+      section("Features", "With how much of each comes back through it: the product of the weights in and out.", members(found.map(([i, w]) => [t.feature[i], `${w < 0 ? "−" : "+"}${digits(Math.abs(w), 2)}`])))];
   };
 
   const move = (by) => {

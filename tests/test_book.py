@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import browser, needs_browser, until
 from hypothesis import given, settings, strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
@@ -208,32 +209,8 @@ def test_criteria_keep_their_names():
 
 # --- in a browser -------------------------------------------------------------------------------------------------
 
-CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-
-
-def browser(phone, dark):
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for a in ("--headless=new", "--no-sandbox", "--disable-gpu"): options.add_argument(a)
-    options.add_argument("--window-size=1280,900")
-    if phone: options.add_experimental_option("mobileEmulation", {"deviceMetrics": {"width": 390, "height": 844, "pixelRatio": 2, "touch": True}})
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]})
-    return driver
-
-
-def until(driver, script, seconds=20):
-    "Wait until a JavaScript expression is truthy; returns its value, or the last falsy one."
-    end = time.time() + seconds
-    while not (value := driver.execute_script(f"return {script}")) and time.time() < end: time.sleep(.1)
-    return value
-
-
 # where nobody looks at the result, a missing browser must not pass for a good page: there the test runs and fails
-@pytest.mark.skipif(not (CHROMIUM and DRIVER) and not os.environ.get("CI"), reason="needs chromium and chromedriver: apt-get install chromium chromium-driver")
+@needs_browser
 @pytest.mark.parametrize("phone, dark", [(False, False), (True, True)])
 def test_in_a_browser(book, phone, dark):
     _, pages, index, _ = book

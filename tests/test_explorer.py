@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import browser, needs_browser, until
 from hypothesis import given, settings, strategies as st
 from pydantic import BaseModel, ConfigDict
 from scipy import sparse as sp
@@ -301,31 +302,6 @@ def test_habits_that_are_not_kept(tiny_view):
 
 
 # --- in a browser -------------------------------------------------------------------------------------------------
-
-CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-needs_browser = pytest.mark.skipif(not (CHROMIUM and DRIVER) and not os.environ.get("CI"), reason="needs chromium and chromedriver: apt-get install chromium chromium-driver")
-
-
-def browser(phone=False, dark=False, scripts=True):
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for a in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"): options.add_argument(a)
-    if phone: options.add_experimental_option("mobileEmulation", {"deviceMetrics": {"width": 390, "height": 844, "pixelRatio": 2, "touch": True}})
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]})
-    if not scripts: driver.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
-    return driver
-
-
-def until(driver, script, seconds=20):
-    "Wait until a JavaScript expression is truthy; returns its value, or the last falsy one."
-    end = time.time() + seconds
-    while not (value := driver.execute_script(f"return {script}")) and time.time() < end: time.sleep(.05)
-    return value
-
 
 def press(driver, key):
     driver.execute_script("(document.activeElement || document.body).dispatchEvent(new KeyboardEvent('keydown', {key: arguments[0], bubbles: true, cancelable: true}))", key)

@@ -1,17 +1,10 @@
 "Steering: what the methods promise on any vector, batches with padding, other architectures, damaged kits, and the app as a reader's browser sees it."
-import json
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import HOSTILE, needs_browser, open_app
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -252,41 +245,11 @@ def test_app_is_served_on_loopback_only(capsys):
     assert main(["app", "knitting"]) == 2 and "steering" in capsys.readouterr().err
 
 
-CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-
-
-@pytest.mark.skipif(not (CHROMIUM and DRIVER) and not os.environ.get("CI"), reason="needs chromium and chromedriver: apt-get install chromium chromium-driver")
+@needs_browser
 def test_app_in_a_browser(toy_run, tmp_path):
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    log = open(tmp_path / "voila.log", "w")
-    server = subprocess.Popen([sys.executable, "-c", "import sys; from neurocodec.book.cli import main; sys.exit(main(sys.argv[1:]))", "app", "steering", "--run", "toy", "--port", str(port), "--no-browser"],
-                              cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for a in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"): options.add_argument(a)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    options.page_load_strategy = "none"  # the page is there when the notebook has run
-    driver = None
-    try:
-        def wait(f, what, seconds=150):
-            end = time.time() + seconds
-            while time.time() < end:
-                try:
-                    if value := f(): return value
-                except Exception: pass  # the page is not there yet, or was redrawn under our hands
-                time.sleep(0.2)
-            raise AssertionError(f"{what}; the server said: {(tmp_path / 'voila.log').read_text()[-1500:]}")
-        def listens():
-            with socket.create_connection(("127.0.0.1", port), 1): return True
-        wait(listens, "nothing listens")
-        driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-        driver.get(f"http://127.0.0.1:{port}/")
+    with open_app("steering", "toy", tmp_path) as (driver, wait, foreign):
         def columns(): return [x.text for x in driver.find_elements(By.CSS_SELECTOR, ".nc-column pre")]
         wait(lambda: len(columns()) == 2, "no two columns")
         plain, steered = columns()
@@ -294,21 +257,12 @@ def test_app_in_a_browser(toy_run, tmp_path):
         assert "<b>bold</b>" in driver.find_element(By.CSS_SELECTOR, ".nc-column").text      # a theme's name is text, not markup
 
         box = driver.find_element(By.CSS_SELECTOR, ".widget-textarea textarea")
-        hostile = "<img src=x onerror=\"document.title='hacked'\"><script>document.title='hacked'</script>"
-        box.clear(); box.send_keys(hostile + Keys.TAB)
-        wait(lambda: all(c.startswith(hostile) for c in columns()), "the new opening was not continued")
+        box.clear(); box.send_keys(HOSTILE + Keys.TAB)
+        wait(lambda: all(c.startswith(HOSTILE) for c in columns()), "the new opening was not continued")
         assert driver.title != "hacked" and not driver.find_elements(By.CSS_SELECTOR, ".nc-column img")
 
         readout = driver.find_element(By.CSS_SELECTOR, ".widget-slider .widget-readout")
         driver.execute_script("arguments[0].textContent = '0'", readout)
         readout.send_keys(Keys.ENTER)
         wait(lambda: len(c := columns()) == 2 and c[0] == c[1], "at strength 0 the columns differ")
-        events = [json.loads(e["message"])["message"] for e in driver.get_log("performance")]
-        sent = {e["params"]["requestId"]: e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
-        blocked = {e["params"]["requestId"] for e in events if e["method"] == "Network.loadingFailed" and e["params"].get("blockedReason") == "csp"}
-        assert not [u for i, u in sent.items() if u.startswith("http") and not u.startswith(f"http://127.0.0.1:{port}/") and i not in blocked]
-    finally:
-        if driver: driver.quit()
-        os.killpg(server.pid, 15)  # the server and the kernels it started
-        server.wait(30)
-        log.close()
+        assert not foreign()

@@ -1,0 +1,47 @@
+"The clamp app as a reader's browser sees it."
+import pytest
+from conftest import HOSTILE, needs_browser, open_app
+
+from neurocodec.core.run import open_node
+from neurocodec.sae.dictionary import DictionaryConfig, create_dictionary, save_dictionary
+
+
+@pytest.fixture
+def toy_run(results):
+    "A run with a dictionary."
+    node = open_node("13_train", {"run": "toy", "model": "nano", "corpus": "docs", "seed": 0, "layer": 2})
+    save_dictionary(node, create_dictionary(DictionaryConfig(d_model=192, n_features=40, k=4)))
+    node.finish()
+    return results / "toy"
+
+
+@needs_browser
+def test_app_in_a_browser(toy_run, tmp_path):
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+    with open_app("clamp", "toy", tmp_path) as (driver, wait, foreign):
+        def button(text): return next(b for b in driver.find_elements(By.CSS_SELECTOR, ".nc-app button") if b.text == text)
+        def texts(): return [x.text for x in driver.find_elements(By.CSS_SELECTOR, ".nc-text pre")]
+        def pushes(): return [x.text for x in driver.find_elements(By.CSS_SELECTOR, ".nc-app select option") if "layer 2" in x.text]
+        wait(lambda: button("write"), "no page")
+        button("write").click()
+        wait(lambda: len(texts()) == 2, "no two texts")
+        assert texts()[0] == texts()[1] and "the same text" in driver.find_element(By.CSS_SELECTOR, ".nc-app").text   # no push, same random numbers
+
+        button("add push").click()
+        wait(lambda: len(pushes()) == 1, "the push is not listed")
+        button("write").click()
+        wait(lambda: texts()[0] != texts()[1], "a neuron set to 5 at every position changed nothing")
+        said = driver.find_element(By.CSS_SELECTOR, ".nc-app").text
+        assert "they part at token" in said and "hooks left on the model: 0" in said and "5.00" in said
+
+        box = driver.find_element(By.CSS_SELECTOR, ".widget-textarea textarea")
+        box.clear(); box.send_keys(Keys.TAB)
+        button("write").click()
+        wait(lambda: "the prompt is empty" in driver.find_element(By.CSS_SELECTOR, ".nc-wrong").text, "an empty prompt was taken")
+        box.send_keys(HOSTILE + Keys.TAB)
+        button("write").click()
+        wait(lambda: not driver.find_elements(By.CSS_SELECTOR, ".nc-wrong") and button("write").is_enabled(), "the new prompt was not continued")
+        assert driver.title != "hacked" and not driver.find_elements(By.CSS_SELECTOR, ".nc-app img") and not foreign()
+        driver.save_screenshot(str(tmp_path / "clamp.png"))
+    assert not (toy_run / "61_clamp_app").exists(), "an app leaves nothing behind"

@@ -46,10 +46,20 @@ def artefacts(F, vocabulary, seed=0, top=20, intervals=5, each=4, W=32, seen=98_
     return {k: torch.from_numpy(v) for k, v in contexts.items()}, {"provenance": {}, "features": labels}, importance
 
 
-def planted(F, V=600, most=2000, N=3000, have=("contexts", "labels", "importance"), D=24, layer=4):
+def atlas_of(F, themes=20, neurons=64):
+    "What chapter 34 writes of a layer: every fifth feature in no theme, hostile names and domains, three neurons each."
+    rng, groups = np.random.default_rng(3), [[f for f in range(k, F, themes) if f // themes % 5] for k in range(themes)]
+    theme = {f: k for k, g in enumerate(groups) for f in g}
+    features = [{"feature": f, "label": "", "theme": theme.get(f), "membership": round(1 - f / F, 3) if f in theme else 0., "neurons": [[int(m), float(w)] for m, w in zip(rng.choice(neurons, 3, False), rng.normal(size=3))]} for f in range(F)]
+    rows = [{"theme": k, "name": HOSTILE[k] if k < len(HOSTILE) else f"theme {k}", "features": g, "membership": [features[f]["membership"] for f in g], "stability": .9 - .02 * k, "null_stability": .62,
+             "domain": HOSTILE[1] if k == 2 else "scipy" if k % 3 == 0 else None, "auroc": .5 + .02 * k} for k, g in enumerate(groups)]
+    return {"features": features, "neurons": [], "themes": rows}
+
+
+def planted(F, V=600, most=2000, N=3000, have=("contexts", "labels", "importance", "atlas"), D=24, layer=4):
     "A view of F features in a vocabulary of V tokens that begins with hostile ones."
     vocabulary = (HOSTILE + [f" word{i}" for i in range(V)])[:V]
-    made = dict(zip(("contexts", "labels", "importance"), artefacts(F, vocabulary)))
+    made = dict(zip(("contexts", "labels", "importance"), artefacts(F, vocabulary))) | {"atlas": atlas_of(F)}
     rng = np.random.default_rng(1)
     def sample(): return explorer.Sample(sp.random(N, F, min(.5, 20 / F), "csr", random_state=rng), rng.integers(0, V, N))
     d = create_dictionary(DictionaryConfig(d_model=D, n_features=F, k=4), torch.randn(64, D, generator=torch.Generator().manual_seed(0)))
@@ -97,14 +107,24 @@ def test_pages_say_what_the_artefacts_say(tiny_view, tmp_path):
     assert [sum(s) for s in ([i[2] for i in f["intervals"]] for f in part["features"] if f["contexts"])] == pytest.approx([1] * 29, abs=.01), "intervals divide the positive activations"
 
 
-@pytest.mark.parametrize("have", [(), ("labels",), ("importance",), ("contexts",), ("contexts", "importance")])
+@pytest.mark.parametrize("have", [(), ("labels",), ("importance",), ("contexts",), ("atlas",), ("contexts", "importance")])
 def test_a_part_that_was_not_made_is_left_out(have, tmp_path):
     view = planted(12, V=40, N=200, have=have)
     explorer.write_layer(tmp_path, view, [4])
     index, part = read(tmp_path / "L4/index.js"), read(tmp_path / "L4/shard-000.js")
-    assert ("label" in index["columns"], "rank" in index["columns"], "contexts" in part["features"][0]) == tuple(k in have for k in ("labels", "importance", "contexts"))
+    assert ("label" in index["columns"], "rank" in index["columns"], "contexts" in part["features"][0], "themes" in index, "neurons" in index["columns"]) == tuple(k in have for k in ("labels", "importance", "contexts", "atlas", "atlas"))
     assert index["seen"] == (98_304 if "contexts" in have else 200)
     assert bool(explorer.write_exports(tmp_path / "x", view)) == ("contexts" in have)
+
+
+def test_the_atlas_says_what_it_was_given(tiny_view):
+    index, atlas = explorer.index(tiny_view), atlas_of(30)
+    c = index["columns"]
+    assert c["theme"] == [f["theme"] for f in atlas["features"]]
+    assert [[m for m, _ in pairs] for pairs in c["neurons"]] == [[m for m, _ in f["neurons"]] for f in atlas["features"]]
+    assert [(t["features"], t["domain"], t["name"]) for t in index["themes"]] == [(t["features"], t["domain"], t["name"]) for t in atlas["themes"]]
+    cut = explorer.index(planted(300, V=40, N=200, most=20))
+    assert len(cut["columns"]["theme"]) == 20 and sum(len(t["features"]) for t in cut["themes"]) == 240, "themes keep the features that are not published"
 
 
 def test_many_features_are_cut_to_the_strongest(tmp_path):
@@ -121,7 +141,8 @@ def test_what_is_malformed_is_one_line():
     d = create_dictionary(DictionaryConfig(d_model=8, n_features=30, k=3), torch.randn(64, 8))
     sample = explorer.Sample(sp.random(50, 30, .2, "csr", random_state=0), np.zeros(50, int))
     for bad, says in (({"contexts": {k: v for k, v in contexts.items() if k != "hist_FH"}}, "contexts.safetensors: hist_FH"), ({"contexts": {k: v[:7] for k, v in contexts.items()}}, "not of 30 features"),
-                      ({"labels": {"features": [{"feature": 30}]}}, "features 0 to 29"), ({"labels": ["x"]}, "labels.json"), ({"importance": importance.drop(columns="feature")}, "no column `feature`")):
+                      ({"labels": {"features": [{"feature": 30}]}}, "features 0 to 29"), ({"labels": ["x"]}, "labels.json"), ({"importance": importance.drop(columns="feature")}, "no column `feature`"),
+                      ({"atlas": {"features": []}}, "neural_atlas.json: expected"), ({"atlas": atlas_of(31)}, "`features` 0 to 29"), ({"atlas": atlas_of(30) | {"themes": []}}, "run chapter 34_themes again")):
         with pytest.raises(UserError, match=re.escape(says)) as e: explorer.layer_view({}, d, sample, sample, str, **bad)
         assert "\n" not in str(e.value)
 
@@ -428,12 +449,55 @@ def test_the_map(desk, site):
 
 
 @needs_browser
+def test_themes_neurons_and_back(desk, site):
+    atlas = atlas_of(2000)
+    opened(desk, site, "#themes")
+    assert desk.execute_script("return [document.querySelectorAll('.theme').length, document.getElementById('found').textContent]") == [20, "20 themes"]
+    desk.execute_script("document.querySelector('[data-theme-number=\"7\"]').click()")
+    assert until(desk, "document.querySelector('#feature header .id')?.textContent === 'Theme 7'")
+    text, listed = desk.execute_script("const p = document.getElementById('feature'); return [p.innerText, [...p.querySelectorAll('.list a .id')].map(a => +a.textContent)]")
+    assert "0.76" in text and "null 0.62" in text and "none singled out" in text and listed == atlas["themes"][7]["features"]
+    desk.execute_script("document.querySelector('#feature .list a').click()")
+    assert until(desk, f"document.querySelector('#feature header .id')?.textContent === 'Feature {listed[0]}'")
+    assert desk.execute_script("return document.querySelector('.facts a[href$=\"/t7\"]') !== null")
+    m = atlas["features"][listed[0]]["neurons"][0][0]
+    desk.execute_script(f"document.querySelector('.facts a[href$=\"/n{m}\"]').click()")
+    assert until(desk, f"document.querySelector('#feature header .id')?.textContent === 'Neuron {m}'")
+    read = {f["feature"] for f in atlas["features"] if any(k == m for k, _ in f["neurons"])}
+    assert set(desk.execute_script("return [...document.querySelectorAll('#feature section:last-child .list a .id')].map(a => +a.textContent)")) == read
+    press(desk, "Escape"); assert until(desk, "!document.body.classList.contains('open')")
+    desk.execute_script(SEARCH, "theme 19"); assert desk.execute_script("return [...document.querySelectorAll('.theme')].map(a => +a.dataset.themeNumber)") == [19]
+    desk.execute_script(SEARCH, f"{listed[0]}"); assert 7 in desk.execute_script("return [...document.querySelectorAll('.theme')].map(a => +a.dataset.themeNumber)")
+    desk.execute_script(SEARCH, "")
+    for lost in ("#themes/t99", "#themes/n9999", "#themes/tx"):
+        desk.execute_script("location.hash = arguments[0]", lost)
+        assert until(desk, "!document.body.classList.contains('open')"), lost
+
+
+@needs_browser
+def test_the_map_in_the_colours_of_themes(desk, site):
+    colours = lambda: desk.execute_script("const c = document.getElementById('canvas'), d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data, s = new Set(); for (let i = 0; i < d.length; i += 4) if (d[i + 3] > 180) s.add([d[i] >> 5, d[i + 1] >> 5, d[i + 2] >> 5].join()); return s.size")
+    opened(desk, site, "#map")
+    assert until(desk, "document.getElementById('canvas').width > 300") and desk.execute_script("return document.getElementById('colour').value") == "theme"
+    many = colours()
+    desk.execute_script("const s = document.getElementById('colour'); s.value = 'count'; s.dispatchEvent(new Event('change'))")
+    assert many >= 7 and many > 2 * colours()
+    desk.execute_script("location.hash = '#map/t3'")
+    assert until(desk, "document.querySelector('#feature header .id')?.textContent === 'Theme 3'")
+
+
+@needs_browser
 def test_hostile_text_stays_text(desk, site):
     opened(desk, site)
     for f in range(len(HOSTILE)):
         desk.execute_script("location.hash = arguments[0]", f"#list/{f}")
         assert until(desk, f"document.querySelector('#feature header .id')?.textContent === 'Feature {f}'")
         if f == 3: assert "⟨202E⟩evil" in desk.execute_script("return document.querySelector('h1').textContent")
+    for t in range(len(HOSTILE)):
+        desk.execute_script("location.hash = arguments[0]", f"#themes/t{t}")
+        assert until(desk, f"document.querySelector('#feature header .id')?.textContent === 'Theme {t}'")
+        if t == 2: assert HOSTILE[1] in desk.execute_script("return document.querySelector('.facts').textContent")
+    assert HOSTILE[0] in desk.execute_script("return document.getElementById('theme-rows').innerText")
     opened(desk, site, "#list/0")
     until(desk, "document.querySelectorAll('.context').length")
     desk.execute_script("document.querySelector('.contexts .plain').click()")
@@ -479,6 +543,10 @@ def test_a_phone_in_the_dark(site):
         assert until(driver, "getComputedStyle(document.getElementById('side')).display !== 'none'")
         driver.execute_script("document.getElementById('tab-map').click()")
         assert until(driver, "document.getElementById('canvas').width > 300") and wide() <= 390
+        driver.execute_script("document.getElementById('tab-themes').click()")
+        assert until(driver, "document.querySelector('.theme')?.offsetHeight > 0") and wide() <= 390
+        driver.execute_script("document.querySelector('.theme').click()")
+        assert until(driver, "document.querySelector('#feature header .id')?.textContent === 'Theme 0'") and wide() <= 390
     finally: driver.quit()
 
 
@@ -488,7 +556,9 @@ def test_without_scripts_there_is_a_table(site):
     try:
         driver.get(f"file://{site}/L4/index.html")
         from selenium.webdriver.common.by import By
-        rows = driver.find_elements(By.CSS_SELECTOR, ".sheet tbody tr")
+        rows = driver.find_elements(By.CSS_SELECTOR, ".sheet table:first-child tbody tr")
+        themes = driver.find_elements(By.CSS_SELECTOR, ".sheet table + table tbody tr")
+        assert len(themes) == 20 and "0.9 (null 0.62)" in themes[0].text
         assert len(rows) == 2000 and HOSTILE[0] in rows[0].text and "of 98304" in rows[0].text and "deranged" in rows[0].text
         assert not driver.find_element(By.ID, "app").is_displayed()
     finally: driver.quit()

@@ -193,6 +193,10 @@ def parser() -> argparse.ArgumentParser:
     label.add_argument("--review", default="", metavar="FILE", help="decisions of a reader, .csv or .json; made where it is missing")
     label.add_argument("-p", action="append", default=[], metavar="KNOB=VALUE", help="further knobs of chapter 23, such as -p budget=2")
     label.add_argument("--cores", type=int, help="processes at a time (profiles/default says 2)")
+    recovery = sub.add_parser("recovery", help="judge the outputs of a clamp sweep: what collapsed, recovered, was harmed")
+    recovery.add_argument("what", choices=["report"])
+    recovery.add_argument("file", help="tab-separated: core_id, type, level, sweep, prompt, output")
+    recovery.add_argument("--out", default="", metavar="FOLDER", help="where to write metrics CSV, improvement report and curve (beside the file)")
     app = sub.add_parser("app", help="open an app in the browser, served on this machine only")
     app.add_argument("name", help="such as `steering`; a wrong one lists those there are")
     app.add_argument("--run", default="nano", help="a finished run below results/ (%(default)s); '' makes a small try-out first")
@@ -226,11 +230,20 @@ def _carry_out(a: argparse.Namespace) -> int:
     if a.command == "validate-rewards": return _validate(a.params, a.layer, a.seeds, a.cores)
     if a.command == "explain": return _explain(a.text, a.run, a.layer, a.of, a.html, a.words, a.base_url)
     if a.command == "label": return _label(a.params, a.layer, pairs(a.p) | {k: v for k in ("labeller", "judge", "base_url", "review") if (v := getattr(a, k))}, a.cores)
+    if a.command == "recovery": return _recovery(a.file, a.out)
     if a.command == "app":
         if a.run: check_run(a.run, "--run")
-        return subprocess.run(app_command(a.name, a.port, a.no_browser), cwd=root(), env=os.environ | {"NEUROCODEC_APP_RUN": a.run}).returncode
+        return subprocess.run(app_command(a.name, a.port, a.no_browser), cwd=root(), env=os.environ | {"NEUROCODEC_APP_RUN": a.run}, preexec_fn=end_with_parent).returncode
     return _chapters()
 
+def _recovery(file: str, out: str) -> int:
+    from neurocodec.resonance.recovery import curve, report, summary  # torch and transformers, needed here only
+    judged, files = report(file, out)
+    print("\n".join(summary(judged)))
+    columns = ["rule", "sweep", "stayed", "recovered", "recovered_without_loop", "recovery.low", "recovery.high", "harmed", "well", "p_holm"]
+    if len(table := curve(judged)): print(f"\n{table[columns].to_string(index=False, float_format='{:.3f}'.format)}\n")
+    print("\n".join(short_path(f) for f in files))
+    return 0
 HERE_ONLY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"  # what the browser may load for an app: Voilà's page asks a font server
 
 def app_command(name: str, port: int, no_browser: bool) -> list[str]:
@@ -344,7 +357,6 @@ def measured_lines(entries: list[Entry]) -> list[str]:
     return out
 
 def _chapters() -> int:
-    from neurocodec.core.run import notebook
     for path in sorted((root() / "nbs").glob("[0-9]*.ipynb")):
         print(f"{path.stem:<18} {', '.join(f'{k}={v.default!r}' for k, v in knobs(path.stem).items())}")
     return 0

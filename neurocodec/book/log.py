@@ -156,17 +156,21 @@ DECODER = (
 CODEC = (
     Criterion("gates.precision", "OR gates are found, and only those", "precision of the detector on planted gates", "≥ 0.95", "32_gates", "precision"),
     Criterion("gates.recall", "… and most of them", "recall of the detector on planted gates, a tenth of firings missed", "≥ 0.9", "32_gates", "recall"),
-    Criterion("gates.prevalence", "Neurons act as OR gates", "share of the bottleneck's neurons that pass every test of an OR gate", "about 21.8 %", "32_gates", "prevalence"),
-    Criterion("squeezer.loss_ratio", "Squeezing costs little", "reconstruction loss through the bottleneck, over the dictionary's own", "≤ 1.82 ×", "31_squeezer", "loss_ratio"),
-    Criterion("roommates.tax", "Sharing a neuron has a price", "error with shared neurons over error with one neuron each", "about 10.9 ×", "33_roommates", "tax"),
+    Criterion("gates.prevalence", "Neurons act as OR gates", "share of the neurons of chapter 31's quiet bottlenecks, four features to a neuron, that pass every test of an OR gate", "about 21.8 %", "32_gates", "prevalence"),
+    Criterion("squeezer.loss_ratio", "Squeezing costs little", "next-token loss with codes squeezed to a quarter as many neurons, over that with the dictionary's own codes; the worst layer", "≤ 1.82 ×", "31_squeezer", "loss_ratio"),
+    Criterion("roommates.log_odds", "Roommates fire together less", "upper end of the 95 % interval of the log-odds ratio with which two features that excite the same neuron of a squeezer, four features to a neuron, fire together, less that of pairs matched in frequency, documents and cosine", "< 0", "33_roommates", "log_odds_high"),
+    Criterion("codec.superposition_tax", "Sharing a neuron has a price", "squared error of the stream with four features a neuron, over that with the dictionary's own code, a row for each", "about 10.9 ×", "33_roommates", "tax"),
+    Criterion("themes.stability", "Features fall into themes", "agreement (AMI) of the themes with those found again in 80 % of the features, less the larger of two nulls' (clouds of equal covariance, shifted codes), at the layer where that is least", "> 0", "34_themes", "stability"),
+    Criterion("themes.coverage", "… which are dense clusters of directions", "share of the features that HDBSCAN groups by their encoder directions, less the same in clouds of equal covariance, at the layer where that is least", "> 0 %", "34_themes", "coverage"),
     Criterion("themes.snr", "A population is clearer than one feature", "d' of the mean of up to 94 features that tell a domain's snippets best, over the mean d' of one of them", "≥ 9.7 ×", "35_steering", "snr"),
     Criterion("themes.exponent", "… and grows with √N", "exponent of that ratio in the number of features", "about 0.5", "35_steering", "exponent"),
     Criterion("steering.lift", "Themes steer what is written", "rise of a text-only judge's log-odds at a strength that costs 10 % perplexity on select, less the 95 % quantile of random vectors", "> 0 nats", "35_steering", "lift"),
     Criterion("steering.boost", "… and what is expected next", "probability of the theme's held-out words, steered over not", "≥ 2.0 ×", "35_steering", "boost"),
     Criterion("steering.overhead", "… at little cost", "rise of perplexity, under the untouched model, of what the steered one writes next, at that strength", "≤ 14.5 %", "35_steering", "overhead"),
-    Criterion("monitor.detection", "Themes watch", "unsafe prompts detected, the threshold fixed on other prompts", "≥ 98.2 %", "36_monitor", "detection"),
+    Criterion("monitor.detection", "Themes watch", "share of the prompts from a watched package that raise an alarm, mean over packages; the threshold fixed at 1 % false alarms on other documents", "≥ 98.2 %", "36_monitor", "detection"),
 )
 RESONANCE = (
+    Criterion("srm.exact", "The spotlight in closed form is the original", "decimal digits, −log10 of the largest difference from the similarities that explicit matrices of SO(D) give, over orthogonal, oblique and unnormalised bases", "≥ 10", "41_planes", "exact_digits"),
     Criterion("recovery.collapsed_baselines", "Some baselines collapse", "share of baselines that the brief's rule calls collapsed", "about 8 of 140", "44_recovery", "collapsed_baselines"),
     Criterion("recovery.recovered", "A clamp recovers them", "share of those that the same rule calls recovered at +25", "≥ 7 of 8", "44_recovery", "recovered"),
 )
@@ -174,9 +178,10 @@ CRITERIA = SAE + DECODER + CODEC + RESONANCE
 
 # %% ../../nbs/51_log.ipynb #e39999ac
 HEADLINES = {  # chapter → its findings, where no criterion names them
-    "04_nano": ("loss",), "10_sparse": ("gradient_difference",), "11_dictionary": ("mcc",), "13_train": ("ev", "dead", "tokens"),
+    "04_nano": ("loss",), "06_coherence": ("false_positives", "loops_greedy", "legacy_greedy"), "10_sparse": ("gradient_difference",), "11_dictionary": ("mcc",), "13_train": ("ev", "dead", "tokens"),
     "16_layers": ("chosen_layer", "proxy"), "21_policy": ("kl", "accuracy_loss_relative", "l0", "composite"), "23_labels": ("share", "gain", "detection", "fuzzing"),
-    "30_concepts": ("dead_few", "dead_most", "mcc", "f1"), "51_log": ("met", "met_not_shown", "missed")}
+    "30_concepts": ("dead_few", "dead_most", "mcc", "f1"), "33_roommates": ("log_odds", "log_odds_opposed", "tax"), "36_monitor": ("detection", "auroc", "false_alarms"), "40_prompts": ("type_other_wording", "level_other_wording"),
+    "41_planes": ("exact_digits", "separation"), "43_neurons": ("loneliness", "kurtosis", "rate"), "51_log": ("met", "met_not_shown", "missed")}
 
 def headline(e: Entry, most: int = 4) -> dict[str, float]:
     "Up to `most` numbers that a node found: its `HEADLINES`, or else all, the ones a criterion asks for first."
@@ -203,8 +208,9 @@ def chosen_layer(entries: list[Entry]) -> int | None:
 CONTROLS = {"pca": "PCA, equal rank", "untrained": "untrained", "random_model": "fresh weights", "random": "random directions",
             "matched": "same, fewer tokens", "bigram": "bigram", "tuned": "tuned lens", "tokens": "tokens for features", "shuffled": "shuffled codes",
             "supervised": "before reinforcement learning", "random_reward": "random rewards", "random_gate": "as many random features",
-            "activation_order": "order of size", "random_order": "random order", "deranged": "deranged labels",
-            "random_theme": "a random theme", "shuffled_members": "members of other themes", "sign_flip": "turned round", "single": "a single feature", "screened": "a third of its members",
+            "keep": "strongest features alone", "dealt": "rooms dealt at random", "apart": "bottleneck of shifted codes", "mixture": "random mixture, sparse recovery", "activation_order": "order of size", "random_order": "random order", "deranged": "deranged labels",
+            "random_neuron": "other neurons", "sampling": "sampling, no clamp",
+            "lexical": "token n-grams", "dense": "dense probe", "random_theme": "random features, as many", "shuffled_members": "members of other themes", "sign_flip": "turned round", "single": "a single feature", "screened": "a third of its members",
             "best_features": "features chosen by domain", "diffmean": "DiffMean", "prompt": "a prompt", "independent": "noise made independent"}  # the parts of a metric's name that make it a control, and what they are called in print
 SAME = ("matched", "single", "screened", "best_features", "diffmean", "prompt", "independent")  # of these, what is the same method or another way to the same end; that it meets a target too takes nothing away
 

@@ -10,7 +10,8 @@ __all__ = ['METHODS', 'ThemeConfig', 'unit', 'directions', 'encode_rows', 'sampl
            'neural_atlas', 'present']
 
 # %% ../../nbs/34_themes.ipynb #f0e4d55a
-import json
+import json, re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -38,6 +39,8 @@ class ThemeConfig:
     "Dimensions kept; in more of them density says little."
     min_firings: int = 10
     "Firings from which a feature's company is believed."
+    min_tokens: int = 10
+    "Tokens from which a document has a say in what a theme singles out."
     min_size: int = 5
     "Smallest cluster of HDBSCAN …"
     share: float = 0.001
@@ -92,7 +95,7 @@ def company(codes_NF: sp.csr_matrix, config: ThemeConfig = ThemeConfig()) -> np.
         return scale_F * (b_FN @ y_N - p_F * y_N.sum())
     k = min(config.dims, F)
     if F <= 2 * config.dims: values, axes_FK = (x[..., -k:] for x in np.linalg.eigh(np.stack([phi(e) for e in np.eye(F)])))
-    else: values, axes_FK = eigsh(LinearOperator((F, F), phi, dtype=np.float64), k, v0=np.random.default_rng(0).normal(size=F), tol=1e-6)
+    else: values, axes_FK = eigsh(LinearOperator((F, F), phi, dtype=np.float64), k, v0=np.random.default_rng(0).normal(size=F), tol=1e-4)
     return unit((axes_FK * np.sqrt(np.maximum(values, 0)))[:, ::-1])
 
 # %% ../../nbs/34_themes.ipynb #021b7af3
@@ -147,9 +150,14 @@ METHODS: dict[str, Callable] = {"HDBSCAN": dense, "spectral": spectral}
 
 # %% ../../nbs/34_themes.ipynb #437ff4ff
 def matched_cloud(x_FP: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    "(F, P) Gaussian points of the same mean and covariance, at unit length."
-    values, axes_PP = np.linalg.eigh(np.cov(x_FP.T))
-    return unit(x_FP.mean(0) + rng.normal(size=x_FP.shape) * np.sqrt(np.maximum(values, 0)) @ axes_PP.T)
+    "(F, P) points at unit length, Gaussian but for that, of the same mean and the same variance along every principal axis."
+    axes_PP = np.linalg.eigh(np.cov(x_FP.T))[1]
+    own_FP = x_FP @ axes_PP
+    mean_P, sd_P = own_FP.mean(0), own_FP.std(0)
+    y_FP = rng.normal(size=x_FP.shape)
+    for _ in range(20):  # taking unit length shrinks the wide axes, so they are widened again
+        y_FP = unit(mean_P + (y_FP - y_FP.mean(0)) * (sd_P / np.maximum(y_FP.std(0), 1e-12)))
+    return y_FP @ axes_PP.T
 
 def overlap(a_F: np.ndarray, b_F: np.ndarray) -> np.ndarray:
     "(groups of a,) the largest Jaccard index of each with a group of b; nan for groups that are not there."
@@ -190,7 +198,8 @@ def examine(
         y_FP = matched_cloud(x_FP, rng)
         c = method(y_FP, config)
         nulls.append((*recluster(y_FP, method, c, rng, config), c.coverage, c.n))
-    means_C = np.nan_to_num(np.nanmean([j for _, j in own] + [np.zeros(whole.n)] * (not own), axis=0)) if whole.n else np.zeros(0)
+    if not n: return Arm(whole, np.zeros(0), np.zeros(whole.n), *[np.zeros(0)] * 4)
+    means_C = np.nan_to_num(np.nanmean([j for _, j in own], axis=0)) if whole.n else np.zeros(0)
     return Arm(whole, np.array([a for a, _ in own]), means_C, *(np.array([v[0] for v in nulls]), np.concatenate([v[1] for v in nulls])), *(np.array([v[i] for v in nulls]) for i in (2, 3)))
 
 # %% ../../nbs/34_themes.ipynb #a56af7e5
@@ -227,13 +236,10 @@ def aurocs(score_DT: np.ndarray, classes_D: np.ndarray, classes: np.ndarray) -> 
     ranks_TC = rankdata(score_DT, axis=0).T @ is_DC
     with np.errstate(invalid="ignore", divide="ignore"): return (ranks_TC - n_C * (n_C + 1) / 2) / (n_C * (D - n_C))
 
-def lookalikes(count_F: np.ndarray, groups: list[np.ndarray], n: int, rng: np.random.Generator, width: int = 25) -> sp.csr_matrix:
-    "(F, groups · n) n random groups for each, of features at most `width` ranks from its own in frequency, a column a group."
+def lookalikes(count_F: np.ndarray, group: np.ndarray, n: int, rng: np.random.Generator, width: int = 25) -> np.ndarray:
+    "(n, members) random groups, of features at most `width` ranks in frequency from the group's own."
     order_F = np.argsort(count_F, kind="stable")
-    place_F = order_F.argsort()
-    rows = [order_F[np.clip(place_F[g] + rng.integers(-width, width + 1, (n, len(g))), 0, len(order_F) - 1)] for g in groups]
-    columns = [np.repeat(np.arange(i * n, (i + 1) * n), r.shape[1]) for i, r in enumerate(rows)]
-    return sp.csr_matrix((np.ones(sum(r.size for r in rows)), (np.concatenate([r.ravel() for r in rows]), np.concatenate(columns))), shape=(len(order_F), len(groups) * n))
+    return order_F[np.clip(order_F.argsort()[group] + rng.integers(-width, width + 1, (n, len(group))), 0, len(order_F) - 1)]
 
 def passes(p_T: np.ndarray, q: float = .05) -> np.ndarray:
     "(T,) bool, by Benjamini & Hochberg's rule."
@@ -259,13 +265,15 @@ def single_out(
     "None where fewer than two classes have `least` documents on both sides."
     classes = np.array([c for c in np.unique(found[1]) if min((found[1] == c).sum(), (confirm[1] == c).sum()) >= least])
     if len(classes) < 2 or not groups: return None
-    own_FT = sp.csr_matrix((np.ones(sum(map(len, groups))), (np.concatenate(groups), np.repeat(np.arange(len(groups)), [len(g) for g in groups]))), shape=(len(count_F), len(groups)))
-    both = sp.hstack([own_FT, lookalikes(count_F, groups, n_random, np.random.default_rng([seed, 5]))], format="csr")
-    here, there = (aurocs((m @ both).toarray(), c, classes) for m, c in (found, confirm))
-    best = here.argmax(1)
-    value, T = there[np.arange(len(best)), best], len(groups)
-    null_TR = value[T:].reshape(T, n_random)
-    return Singled(classes[best[:T]], value[:T], null_TR.mean(1) if n_random else np.full(T, np.nan), (1 + (null_TR >= value[:T, None]).sum(1)) / (1 + n_random))
+    rng, out = np.random.default_rng([seed, 5]), []
+    for g in groups:
+        sets = [g, *lookalikes(count_F, g, n_random, rng)]
+        sums_SF = sp.csr_matrix((np.ones(len(g) * len(sets)), np.concatenate(sets), np.arange(len(sets) + 1) * len(g)), shape=(len(sets), len(count_F)))
+        here, there = (aurocs((sums_SF @ m.T).toarray().T, c, classes) for m, c in (found, confirm))
+        best = here.argmax(1)
+        value, *null = there[np.arange(len(best)), best]
+        out.append((classes[best[0]], value, np.mean(null) if null else np.nan, (1 + sum(x >= value for x in null)) / (1 + n_random)))
+    return Singled(*map(np.array, zip(*out)))
 
 # %% ../../nbs/34_themes.ipynb #53a92534
 def intruders(
@@ -328,23 +336,27 @@ def short_name(text: str, most: int = 60) -> str:
     text = " ".join(text.split())
     return text if len(text) <= most else text[:most].rsplit(" ", 1)[0].rstrip(" ,;") + " …"
 
-def theme_name(features: list[int], labels: dict[int, dict[str, Any]], tokens: list[str]) -> str:
-    "A confident label of the theme's strongest features, or else its tokens."
-    said = next((labels[f]["label"] for f in features if f in labels and labels[f].get("confident") and labels[f].get("label")), "")
-    return short_name(said) or " · ".join(repr(t)[1:-1] for t in tokens) or "no tokens"
+def theme_name(features: list[int], labels: dict[int, dict[str, Any]], tokens: list[str], m: int = 4) -> str:
+    "Words that the confident labels of a theme's features share, or the label of the strongest, or else its tokens."
+    said = {f: r["label"] for f, r in labels.items() if r.get("confident") and r.get("label")}
+    own, usual = (Counter(w for f in some for w in set(re.findall("“([^”]+)”", said[f]))) for some in ([f for f in features if f in said], said))
+    n, every = max(1, sum(f in said for f in features)), max(1, len(said))
+    shared = sorted((w for w in own if own[w] > 1 and own[w] / n > usual[w] / every), key=lambda w: (usual[w] / every - own[w] / n, w))[:m]
+    if shared: return " · ".join(f"“{w}”" for w in shared)
+    return short_name(next((said[f] for f in features if f in said), "")) or " · ".join(f"“{t}”" for t in tokens) or "no tokens"
 
 # %% ../../nbs/34_themes.ipynb #16ca009a
 def neural_atlas(
     themes: list[Theme],
     label_of: dict[int, str] | None = None,
-    weights_MF: np.ndarray | None = None, features_F: np.ndarray | None = None,  # what neurons read: weights, and the feature of each column
+    share_MF: np.ndarray | None = None, features_F: np.ndarray | None = None,  # how much of each feature comes back through each neuron, and the feature of each column
     n_neurons: int = 3,
 ) -> dict[str, Any]:
     "A layer of the atlas: features, neurons and themes, each with links to the others."
     where, neurons_of, label_of = {f: (t.theme, m) for t in themes for f, m in zip(t.features, t.membership)}, {}, label_of or {}
-    if weights_MF is not None:
-        strongest = np.argsort(-np.abs(weights_MF), axis=0, kind="stable")[:n_neurons].T
-        neurons_of = {int(f): [[int(m), float(weights_MF[m, j])] for m in strongest[j]] for j, f in enumerate(features_F)}
+    if share_MF is not None:
+        strongest = np.argsort(-np.abs(share_MF), axis=0, kind="stable")[:n_neurons].T
+        neurons_of = {int(f): [[int(m), float(share_MF[m, j])] for m in strongest[j]] for j, f in enumerate(features_F)}
     every = sorted({*where, *neurons_of})
     features = [{"feature": f, "label": label_of.get(f, ""), "theme": where.get(f, (None,))[0], "membership": where.get(f, (0, 0.))[1], "neurons": neurons_of.get(f, [])} for f in every]
     reads: dict[int, list[int]] = {}

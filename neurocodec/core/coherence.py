@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Iterator, NamedTuple, Sequence
 
 import torch
-from scipy.stats import binomtest
+from scipy.stats import beta
 from torch import Tensor
 
 from .lm import LM
@@ -156,8 +156,7 @@ def coherence(
     return [describe(lm.tokenizer.decode(w, skip_special_tokens=True), w, s) for w, s in zip(wrote, surprise)]
 
 # %% ../../nbs/06_coherence.ipynb #3df81701
-def share(k: int, n: int) -> Estimate:
-    "k of n with the exact 95 % interval of Clopper and Pearson; nan where n is 0."
+def share(k: float, n: int) -> Estimate:
+    "k of n with the exact 95 % interval of Clopper and Pearson; a k that is not whole is a mean over repeats; nan where n is 0."
     if not n: return Estimate(math.nan, math.nan, math.nan, 0)
-    ci = binomtest(int(k), int(n)).proportion_ci(method="exact")
-    return Estimate(k / n, ci.low, ci.high, int(n))
+    return Estimate(k / n, float(beta.ppf(.025, k, n - k + 1)) if k else 0., float(beta.ppf(.975, k + 1, n - k)) if k < n else 1., int(n))

@@ -34,13 +34,20 @@ FOLLOWS: dict[str, tuple[str, ...]] = {  # chapter → chapters whose folders it
     "24_explain": ("02_text", "12_activations", "13_train", "20_decoder", "23_labels"),
     "25_evaluate": ("02_text", "05_lens", "12_activations", "13_train", "20_decoder"),
     "30_concepts": (),
-    "32_gates": ("02_text", "12_activations", "13_train"),
-    "34_themes": ("02_text", "12_activations", "13_train", "23_labels"),
+    "31_squeezer": ("02_text", "12_activations", "13_train"),
+    "32_gates": ("02_text", "12_activations", "13_train", "31_squeezer"),
+    "33_roommates": ("02_text", "12_activations", "13_train", "31_squeezer"),
+    "34_themes": ("02_text", "12_activations", "13_train", "23_labels", "31_squeezer"),
     "35_steering": ("02_text", "12_activations", "13_train", "34_themes"),
-    "50_explorer": ("02_text", "12_activations", "13_train", "22_importance", "23_labels"),
+    "36_monitor": ("02_text", "12_activations", "13_train", "34_themes"),
+    "40_prompts": ("02_text",),
+    "41_planes": ("40_prompts",),
+    "43_neurons": ("02_text",),
+    "44_recovery": ("02_text", "13_train", "34_themes"),
+    "50_explorer": ("02_text", "12_activations", "13_train", "22_importance", "23_labels", "34_themes"),
 }
 FOLLOWS["51_log"] = tuple(FOLLOWS)        # looks back on all of them
-ALL_LAYERS = ("16_layers", "32_gates", "34_themes", "35_steering", "50_explorer", "51_log")  # read every layer's nodes, not only their own
+ALL_LAYERS = ("16_layers", "31_squeezer", "32_gates", "33_roommates", "34_themes", "35_steering", "36_monitor", "44_recovery", "50_explorer", "51_log")  # read every layer's nodes, not only their own
 NANO_ONLY = ("04_nano",)                  # about the embedded model, whatever the run's model is
 TWO_CORES = ("05_lens", "12_activations", "16_layers")  # long, and alone on their way to the end
 

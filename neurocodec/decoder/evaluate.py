@@ -339,7 +339,7 @@ def rules(t: dict[str, np.ndarray], task: str) -> list[str]:
 
 def overall(t: dict[str, np.ndarray], tasks: Sequence[str], arm: str, n: int, rule: str = "gain") -> dict[str, Estimate]:
     "Means over the tasks on which the model is well above chance: retention as a quotient of means, and the share of the model's accuracy that is lost."
-    def mean(what): return np.mean([t[f"{k}.{what}"] / t[f"{k}.n"] for k in tasks], 0)
+    def mean(what): return np.mean([np.divide(t[f"{k}.{what}"], t[f"{k}.n"], out=np.full(len(t[f"{k}.n"]), np.nan), where=t[f"{k}.n"] > 0) for k in tasks], 0)  # a resample may have no question of a kind
     a, model, chance = mean(f"{rule}.{arm}"), mean(f"{rule}.model"), mean("chance")
     return {"retention": estimate((a - chance) / (model - chance), n), "accuracy_loss": estimate(1 - a / model, n)}
 

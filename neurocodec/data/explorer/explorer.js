@@ -5,7 +5,7 @@
   const SHARD = 256, ROW = 52, FORMAT = 1;
   const DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
   const DIGIT = Object.fromEntries([...DIGITS].map((c, i) => [c, i]));
-  const view = { index: null, row: new Map(), order: [], at: -1, tab: "list", query: "", shards: new Map(), whole: false };
+  const view = { index: null, row: new Map(), order: [], at: -1, group: null, tab: "list", query: "", shards: new Map(), whole: false };
   const $ = (id) => document.getElementById(id);
 
   // --- elements: strings become text nodes ---------------------------------------------------------------------
@@ -81,6 +81,7 @@
     rare: { name: "density, low first", key: (i, t) => t.count[i] },
     max: { name: "largest activation first", key: (i, t) => last(t.max[i], -1) },
     one: { name: "most of one token first", key: (i, t) => last(t.share[i], -1) },
+    theme: { name: "theme, its strongest first", needs: "theme", key: (i, t) => missing(t.theme[i]) ? Infinity : t.theme[i] + 1 - (t.membership[i] || 0) },
   };
   const FLAGS = { dead: "dead", dense: "dense", single: "one token" };
   const FILTERS = {
@@ -105,10 +106,12 @@
     view.order = hit === undefined || hit === "" ? place : [hit, ...place.filter((i) => i !== hit)];
     view.shown = new Set(view.order);
     $("rows").scrollTop = 0;
-    $("found").textContent = view.order.length === t.feature.length ? `${number(t.feature.length)} features` : `${number(view.order.length)} of ${number(t.feature.length)}`;
+    count(view.order.length, t.feature.length, "features");
     rows();
-    if (view.tab === "map") map.draw();
+    if (view.tab !== "list") TABS[view.tab].draw();
   };
+
+  const count = (n, all, what) => { $("found").textContent = n === all ? `${number(all)} ${what}` : `${number(n)} of ${number(all)}`; };
 
   const row = (i, place) => {
     const t = view.index.columns, label = t.label && t.label[i], name = label || t.words[i].map(quoted).join("  ");
@@ -166,6 +169,8 @@
     const t = view.index.columns, seen = view.index.seen, c = f.control;
     const effect = t.rank && !missing(t.rank[i]) ? fact("effect", `rank ${number(t.rank[i])} of ${number(view.index.total)}`, [effects("attribution", "attributed", i), effects("exact", "ablated", i) || ", not ablated"]) : null;
     return el("dl", { class: "facts" },
+      t.theme && !missing(t.theme[i]) && fact("theme", themeLink(view.index.themes.find((x) => x.theme === t.theme[i])), ` membership ${digits(t.membership[i], 2)}`),
+      t.neurons && t.neurons[i].length > 0 && fact("neurons", t.neurons[i].map(([m, w], j) => [j > 0 && "  ", neuronLink(m), el("span", { class: "quiet" }, ` ${w < 0 ? "−" : "+"}${digits(Math.abs(w), 2)}`)]), ", and how much of it comes back through each"),
       fact("active", `${number(t.count[i])} of ${number(seen)}`, ` positions, ${percent(t.count[i], seen)}`),
       !missing(t.share[i]) && fact("top token", `${(100 * t.share[i]).toFixed(0)} %`, [" of firings are on ", el("code", {}, quoted(t.words[i].length ? t.common[i] : ""))]),
       effect,
@@ -222,6 +227,55 @@
     f.coactive && section("Active together", "Correlation of activations; in brackets joint firings, and how many chance would give.",
       el("ol", { class: "list" }, f.coactive.map(([g, r, joint, expected]) => el("li", {}, link(g), el("span", { class: "value" }, r.toFixed(2), el("span", { class: "quiet" }, ` (${number(joint)}, ${digits(expected, 2)})`)))))));
 
+  // --- themes and neurons --------------------------------------------------------------------------------------
+  const COLOURS = ["#3b7dd8", "#d9822b", "#2f9e6e", "#c2508f", "#7b61c9", "#b59a1f", "#20a0b5"];  // in turn: a colour is shared by several themes, the hint says which
+  const colour = (theme) => COLOURS[theme % COLOURS.length];
+  const dot = (theme) => svg("svg", { viewBox: "0 0 10 10", class: "swatch", "aria-hidden": "true" }, svg("circle", { cx: 5, cy: 5, r: 5, style: { fill: colour(theme) } }));
+  const themeLink = (x) => el("a", { class: "name", href: `#${view.tab}/t${x.theme}` }, dot(x.theme), " ", el("bdi", {}, visible(x.name)));
+  const neuronLink = (m) => el("a", { href: `#${view.tab}/n${m}` }, `n${m}`);
+  const current = () => view.group && view.group.kind === "t" ? view.index.themes.find((x) => x.theme === view.group.number) : undefined;
+  const readBy = (m) => view.index.columns.feature.map((f, i) => [i, (view.index.columns.neurons[i].find(([k]) => k === m) || [])[1]]).filter(([, w]) => !missing(w)).sort((a, b) => Math.abs(b[1]) - Math.abs(a[1]));
+  const tally = (keys) => [...keys.reduce((m, k) => m.set(k, (m.get(k) || 0) + 1), new Map())].sort((a, b) => b[1] - a[1] || a[0] - b[0]);
+  const themeRows = () => {
+    const open = current(), words = view.query.toLowerCase().split(/\s+/).filter(Boolean);
+    view.themes = view.index.themes.filter((x) => { const text = `${x.name} ${x.domain || ""} theme ${x.theme}`.toLowerCase(); return words.every((w) => text.includes(w)) || words.length > 0 && x.features.some((f) => view.shown.has(view.row.get(f))); });
+    count(view.themes.length, view.index.themes.length, "themes");
+    $("theme-rows").replaceChildren(...(view.themes.length ? view.themes.map((x) => el("a", { class: "theme" + (x === open ? " now" : ""), href: `#${view.tab}/t${x.theme}`, "data-theme-number": x.theme, "aria-current": x === open ? "true" : null },
+      dot(x.theme), el("span", { class: "what" }, el("span", { class: "label", dir: "auto" }, visible(x.name)),
+        el("span", { class: "quiet" }, `${number(x.features.length)} features`, x.domain && [" · singles out ", el("bdi", {}, visible(x.domain))])),
+      el("span", { class: "score", title: "stability, and that of 95 % of the groups in clouds without groups" }, el("b", {}, x.stability.toFixed(2)), ` / ${x.null_stability.toFixed(2)}`))) : [el("p", { class: "quiet none" }, "Nothing found.")]));
+  };
+  const ruler = (name, value, nothing) => {
+    const at = (v) => 8 + 184 * Math.max(0, Math.min(1, v));
+    return el("div", { class: "scale" }, el("span", { class: "key" }, name),
+      svg("svg", { viewBox: "0 0 200 22", role: "img", "aria-label": `${name} ${digits(value)}, null ${digits(nothing)}` }, svg("line", { x1: at(0), x2: at(1), y1: 11, y2: 11, class: "axis" }),
+        svg("circle", { cx: at(nothing), cy: 11, r: 4.5, class: "null" }), svg("circle", { cx: at(value), cy: 11, r: 5, class: "dot" })),
+      el("span", {}, el("b", {}, value.toFixed(2)), el("span", { class: "quiet" }, ` null ${nothing.toFixed(2)}`)));
+  };
+  const turn = (list, at, kind) => [-1, 1].map((by) => el("button", { type: "button", title: by < 0 ? "previous" : "next", "aria-label": by < 0 ? "previous" : "next", on: { click: () => { const to = list[at + by]; if (to !== undefined) location.hash = `${view.tab}/${kind}${to}`; } } }, by < 0 ? "‹" : "›"));
+  const close = () => el("button", { type: "button", title: "back to the list (Escape)", "aria-label": "back to the list (Escape)", on: { click: () => go(null) } }, "×");
+  const members = (list) => el("ol", { class: "list" }, list.map(([f, value]) => el("li", {}, link(f), el("span", { class: "value" }, value))));
+  const themePage = (x) => {
+    const t = view.index.columns, at = x.features.filter((f) => view.row.has(f)).map((f) => view.row.get(f)), numbers = view.index.themes.map((y) => y.theme);
+    const neurons = t.neurons ? tally(at.flatMap((i) => t.neurons[i].map(([m]) => m))) : [];
+    return [el("header", {}, dot(x.theme), el("span", { class: "id" }, `Theme ${x.theme}`), el("span", { class: "steps" }, turn(numbers, numbers.indexOf(x.theme), "t"), close())),
+      el("h1", { dir: "auto", class: x.name.length > 70 ? "long" : "" }, visible(x.name)),
+      el("div", { class: "scores" }, ruler("stability", x.stability, x.null_stability),
+        el("p", { class: "quiet" }, "How much of it is found again when a fifth of the features is left out, beside 95 % of the groups in clouds of the same covariance that have none.")),
+      el("dl", { class: "facts" }, fact("features", number(x.features.length), at.length < x.features.length ? `, ${number(at.length)} of them published here` : ""),
+        x.domain ? fact("domain", el("bdi", {}, visible(x.domain)), ` is singled out on other documents, AUROC ${x.auroc.toFixed(2)}`) : fact("domain", "none singled out", missing(x.auroc) ? ", for there were none to tell" : `; the one chosen for it has AUROC ${x.auroc.toFixed(2)} on other documents, and random groups come about as far`),
+        neurons.length > 0 && fact("neurons", neurons.slice(0, 8).map(([m, n], j) => [j > 0 && "  ", neuronLink(m), el("span", { class: "quiet" }, ` ×${n}`)]), ", which carry so many of its features")),
+      section("Features", "By membership: how close each is to the middle of the theme.", members(x.features.map((f) => [f, view.row.has(f) && !missing(t.membership[view.row.get(f)]) ? t.membership[view.row.get(f)].toFixed(2) : ""])))];
+  };
+  const neuronPage = (m, found) => {
+    const t = view.index.columns, all = [...new Set(t.neurons.flat().map(([k]) => k))].sort((a, b) => a - b), groups = tally(found.map(([i]) => t.theme[i]).filter((x) => !missing(x)));
+    return [el("header", {}, el("span", { class: "id" }, `Neuron ${m}`), el("span", { class: "steps" }, turn(all, all.indexOf(m), "n"), close())),
+      el("h1", {}, `Carries ${number(found.length)} features of ${number(groups.length)} themes`),
+      el("p", { class: "help" }, "A neuron of the bottleneck that was trained to hold these features; shown are those for which it is among the three through which most comes back."),
+      section("Themes", "With the number of features.", el("ol", { class: "list" }, groups.map(([k, n]) => el("li", {}, themeLink(view.index.themes.find((x) => x.theme === k)), el("span", { class: "value" }, `×${n}`))))),
+      section("Features", "With how much of each comes back through it: the product of the weights in and out.", members(found.map(([i, w]) => [t.feature[i], `${w < 0 ? "−" : "+"}${digits(Math.abs(w), 2)}`])))];
+  };
+
   const move = (by) => {
     const place = view.order.indexOf(view.at), to = view.order[Math.max(0, Math.min(view.order.length - 1, place < 0 ? 0 : place + by))];
     if (to !== undefined) go(view.index.columns.feature[to]);
@@ -238,8 +292,13 @@
   };
   const show = () => {
     const i = view.at, place = $("feature");
-    document.body.classList.toggle("open", i >= 0);
-    if (i < 0) { place.replaceChildren(...welcome()); document.title = view.title; return; }
+    document.body.classList.toggle("open", i >= 0 || view.group !== null);
+    if (i < 0) {
+      place.replaceChildren(...(!view.group ? welcome() : view.group.kind === "t" ? themePage(current()) : neuronPage(view.group.number, view.group.found)).filter(Boolean));
+      place.scrollTop = 0;
+      document.title = view.group ? `${view.group.kind}${view.group.number} · ${view.title}` : view.title;
+      return;
+    }
     document.title = `${view.index.columns.feature[i]} · ${view.title}`;
     const got = shard(Math.floor(i / SHARD));
     const draw = (part) => { if (view.at === i) { place.replaceChildren(...page(i, part).filter(Boolean)); place.scrollTop = 0; } };
@@ -254,6 +313,7 @@
       el("dl", { class: "facts" }, n < t.total && fact("published", number(n), " here, those with the strongest effect"),
         sure !== undefined && fact("named", number(sure), " labels beat the deranged ones on other documents"),
         fact("warnings", number(count("dense")), ` dense (active on more than 10 % of positions), ${number(count("dead"))} dead, ${number(count("single"))} with 95 % of their firings on one token`),
+        t.themes && fact("themes", number(t.themes.length), ` groups of features, ${number(t.themes.filter((x) => x.stability > x.null_stability).length)} of them firmer than 95 % of the groups in clouds that have none`),
         !missing(t.control_single) && fact("control", number(t.control_single), ` of ${number(t.total)} random directions that fire as often are on one token`)),
       el("p", { class: "help keys" }, el("kbd", {}, "/"), " search  ", el("kbd", {}, "j"), " ", el("kbd", {}, "k"), " or arrows: next, previous  ", el("kbd", {}, "Esc"), " back")];
   };
@@ -261,7 +321,8 @@
   // --- the map of directions -----------------------------------------------------------------------------------
   const map = {
     zoom: 1, x: 0, y: 0, over: -1, drag: null,
-    ways: { count: ["density", (i, t) => t.count[i] ? Math.max(0, Math.min(1, (Math.log10(t.count[i] / view.index.seen) + 4) / 3)) : 0], gain: ["label over null", (i) => Math.max(0, Math.min(1, gain(i) / .5))], rank: ["effect", (i, t) => missing(t.rank[i]) ? 0 : 1 - Math.log(t.rank[i]) / Math.log(view.index.total + 1)] },
+    ways: { count: ["density", (i, t) => t.count[i] ? Math.max(0, Math.min(1, (Math.log10(t.count[i] / view.index.seen) + 4) / 3)) : 0], gain: ["label over null", (i) => Math.max(0, Math.min(1, gain(i) / .5))], rank: ["effect", (i, t) => missing(t.rank[i]) ? 0 : 1 - Math.log(t.rank[i]) / Math.log(view.index.total + 1)],
+      theme: ["theme, in colours", (i, t) => missing(t.theme[i]) ? 0 : 1] },
     at(i) {
       const t = view.index.columns, { width, height } = this.box, size = Math.min(width, height) - 24;
       return [width / 2 + (t.x[i] * size / 2 + this.x) * this.zoom, height / 2 - (t.y[i] * size / 2 + this.y) * this.zoom];
@@ -271,14 +332,17 @@
       if (!box.width) return;
       canvas.width = box.width * r; canvas.height = box.height * r;
       const g = canvas.getContext("2d"), style = getComputedStyle(document.documentElement), ink = style.getPropertyValue("--nc-mark"), pale = style.getPropertyValue("--nc-faint"), strong = style.getPropertyValue("--nc-text");
-      const value = this.ways[$("colour").value][1];
+      const way = $("colour").value, value = this.ways[way][1], open = current();
+      const inside = open ? new Set(open.features) : view.group ? new Set(view.group.found.map(([i]) => t.feature[i])) : null;
       g.scale(r, r);
       const dot = (i, size) => { const [x, y] = this.at(i); g.beginPath(); g.arc(x, y, size, 0, 7); };
       for (let i = 0; i < t.feature.length; i++) if (!view.shown.has(i)) { g.globalAlpha = .55; g.fillStyle = pale; dot(i, 1.6); g.fill(); }
       g.fillStyle = ink;
       for (const i of view.order) {
         if (!t.count[i]) { g.globalAlpha = .8; g.strokeStyle = pale; dot(i, 2.2); g.stroke(); continue; }
-        g.globalAlpha = .18 + .82 * value(i, t); dot(i, 3); g.fill();
+        const apart = inside && !inside.has(t.feature[i]), themed = t.theme && !missing(t.theme[i]) && (way === "theme" || inside);
+        g.fillStyle = apart || way === "theme" && !themed ? pale : themed ? colour(t.theme[i]) : ink;
+        g.globalAlpha = apart ? .3 : inside ? 1 : .18 + (way === "theme" ? .6 : .82) * value(i, t); dot(i, inside && !apart ? 4 : apart ? 1.8 : 3); g.fill();
       }
       g.globalAlpha = 1; g.strokeStyle = strong; g.lineWidth = 1.8;
       for (const i of [view.at, this.over]) if (i >= 0) { dot(i, 6); g.stroke(); }
@@ -292,7 +356,8 @@
     hover(i) {
       if (i === this.over) return;
       this.over = i;
-      $("hint").replaceChildren(...(i < 0 ? [] : [el("b", {}, `${view.index.columns.feature[i]} `), visible((view.index.columns.label && view.index.columns.label[i]) || view.index.columns.words[i].map(quoted).join("  ")) || "silent"]));
+      $("hint").replaceChildren(...(i < 0 ? [] : [el("b", {}, `${view.index.columns.feature[i]} `), visible((view.index.columns.label && view.index.columns.label[i]) || view.index.columns.words[i].map(quoted).join("  ")) || "silent",
+        view.index.columns.theme && !missing(view.index.columns.theme[i]) && $("colour").value === "theme" && el("span", { class: "quiet" }, ` · theme ${view.index.columns.theme[i]}`)].filter(Boolean)));
       $("canvas").style.cursor = i < 0 ? "" : "pointer";
       this.draw();
     },
@@ -320,14 +385,21 @@
   };
 
   // --- tabs, addresses, keys -----------------------------------------------------------------------------------
-  const TABS = { list: { name: "List", draw: () => rows() }, map: { name: "Map", draw: () => map.draw() } };  // one more tab is one more entry and one more panel
+  const TABS = { list: { name: "List", draw: () => rows() }, map: { name: "Map", draw: () => map.draw() }, themes: { name: "Themes", needs: "themes", draw: () => themeRows() } };  // one more tab is one more entry and one more panel
+  const shown = (o) => !o.needs || view.index[o.needs];
+  const group = (word) => {  // t3 is a theme, n12 a neuron
+    const [, kind, digits] = /^([tn])(\d+)$/.exec(word) || [], number = Number(digits), found = kind === "n" && view.index.columns.neurons ? readBy(number) : [];
+    return kind && (kind === "t" ? (view.index.themes || []).some((x) => x.theme === number) : found.length) ? { kind, number, found } : null;
+  };
   const go = (feature, tab = view.tab) => { location.hash = feature === null ? tab : `${tab}/${feature}`; };
   const route = () => {
     const [tab, feature] = location.hash.slice(1).split("/"), i = view.row.get(feature === undefined || feature === "" ? NaN : Number(feature));
-    view.tab = Object.hasOwn(TABS, tab) ? tab : "list";
+    view.tab = Object.hasOwn(TABS, tab) && shown(TABS[tab]) ? tab : "list";
     view.at = i === undefined ? -1 : i;
-    for (const k of Object.keys(TABS)) { $(`tab-${k}`).setAttribute("aria-selected", k === view.tab); $(`panel-${k}`).hidden = k !== view.tab; }
+    view.group = group(feature || "");
+    for (const k of Object.keys(TABS)) if (shown(TABS[k])) { $(`tab-${k}`).setAttribute("aria-selected", k === view.tab); $(`panel-${k}`).hidden = k !== view.tab; }
     document.body.dataset.tab = view.tab;
+    count(view.order.length, view.index.columns.feature.length, "features");
     const place = view.order.indexOf(view.at), box = $("rows");
     if (view.tab === "list" && place >= 0 && box.clientHeight) {
       if (place * ROW < box.scrollTop) box.scrollTop = place * ROW;
@@ -342,7 +414,7 @@
     if (e.key === "Escape") {
       if (inside && e.target.value && e.target.id === "query") { e.target.value = view.query = ""; search(); }
       else if (inside) e.target.blur();
-      else if (view.at >= 0) go(null);
+      else if (view.at >= 0 || view.group) go(null);
     } else if (inside && e.target.id === "query" && (e.key === "Enter" || e.key === "ArrowDown")) { e.target.blur(); if (view.order.length) go(view.index.columns.feature[view.order[0]]); }
     else if (inside) return;
     else if (e.key === "/") $("query").focus();
@@ -366,11 +438,13 @@
     t.feature.forEach((f, i) => view.row.set(f, i));
     view.text = t.feature.map((f, i) => `${(t.label && t.label[i]) || ""} ${t.words[i].join(" ")} ${f}`.toLowerCase());
     $("app").hidden = false;
-    $("tabs").append(...Object.entries(TABS).map(([k, o]) => el("button", { type: "button", role: "tab", id: `tab-${k}`, "aria-controls": `panel-${k}`, on: { click: () => go(view.at < 0 ? null : t.feature[view.at], k) } }, o.name)));
+    const open = () => view.at >= 0 ? t.feature[view.at] : view.group ? view.group.kind + view.group.number : null;
+    $("tabs").append(...Object.entries(TABS).filter(([, o]) => shown(o)).map(([k, o]) => el("button", { type: "button", role: "tab", id: `tab-${k}`, "aria-controls": `panel-${k}`, on: { click: () => go(open(), k) } }, o.name)));
     options($("sort"), Object.entries(SORTS).filter(has).map(([k, o]) => [k, o.name]));
     options($("filter"), Object.entries(FILTERS).filter(has).map(([k, o]) => [k, o.name]));
     options($("colour"), Object.entries(map.ways).filter(([k]) => k === "count" || t[k === "gain" ? "detection" : k]).map(([k, [name]]) => [k, name]));
     $("head").append(el("span", {}, "feature"), el("span", {}, t.label ? "label, tokens" : "tokens"), el("span", {}, t.detection ? "detection / deranged, %" : "density"));
+    if (t.theme) $("colour").value = "theme";
     $("sort").value = t.rank ? "effect" : t.detection ? "label" : "feature";
     $("query").addEventListener("input", (e) => { view.query = e.target.value; search(); });
     for (const id of ["sort", "filter"]) $(id).addEventListener("change", search);

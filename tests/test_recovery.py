@@ -1,0 +1,170 @@
+"Collapse and recovery: the file format against what other writers make of it, flags against a second implementation, counts against hand work, clamps on foreign architectures."
+import csv
+import math
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neurocodec.core.coherence import collapsed, legacy_collapsed
+from neurocodec.core.lm import tiny
+from neurocodec.core.run import UserError
+from neurocodec.resonance.recovery import (
+    BASELINE, COLUMNS, NOTHING, ORIGINAL, OURS, PROMPT, curve, hold, improvement_report, judge, outcome, push, read_outputs, report, summary, text_metrics, write_outputs, write_texts, written_by)
+
+TEXT = st.text(alphabet=st.sampled_from(list("abK .?!'\"\t\n\r`’é|") + ["\u2028", "\x85", "\x1c"]), max_size=40)
+
+
+def table(texts, sweeps=("-5", BASELINE, "10")):
+    rows = [(f"core_{i // 2}", ("decl", "rhet")[i % 2], i, s, "A prompt.", texts[(i * len(sweeps) + j) % len(texts)]) for i in range(4) for j, s in enumerate(sweeps)]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(TEXT, min_size=1, max_size=12))
+def test_files_come_back_as_they_were(tmp_path_factory, texts):
+    "Tabs, quotes, line feeds, lone carriage returns and separators of other kinds are text; pandas, as the original calls it, reads the same."
+    t, path = table(texts), tmp_path_factory.mktemp("t") / "x.tsv"
+    write_outputs(path, t)
+    assert read_outputs(path).values.tolist() == t.values.tolist()
+    theirs = pd.read_csv(path, sep="\t", quoting=csv.QUOTE_MINIMAL, lineterminator="\n", keep_default_na=False, na_values=[""], dtype={"sweep": str}).fillna({"output": ""})
+    assert theirs.output.astype(str).tolist() == t.output.tolist()
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("order", [COLUMNS, COLUMNS[::-1], ["seed", *COLUMNS]])
+def test_other_writers(tmp_path, ending, order):
+    "Columns in another order, one more, ends of lines of another system, a byte-order mark, empty lines at the end."
+    t = table(["It is 5\" long.\nAnd wide.", "", "plain", "’’’’’’’’"]).assign(seed=3)
+    t.to_csv(tmp_path / "x.tsv", sep="\t", index=False, columns=order, lineterminator=ending, encoding="utf-8-sig")
+    with open(tmp_path / "x.tsv", "ab") as f: f.write(ending.encode() * 2)
+    assert read_outputs(tmp_path / "x.tsv").values.tolist() == t[COLUMNS].values.tolist()
+
+
+def test_level_may_be_a_word(tmp_path):
+    write_outputs(tmp_path / "x.tsv", table(["a"]).assign(level=["low"] * 6 + ["2"] * 6))
+    assert set(read_outputs(tmp_path / "x.tsv").level) == {"low", "2"}
+
+
+HEAD = "\t".join(COLUMNS) + "\n"
+@pytest.mark.parametrize("text, says", [
+    (b"", "x.tsv:1: no column core_id"), (b"\n\n", "x.tsv:1: no column"), (HEAD.encode(), "x.tsv:1: no rows"), (b"core_id\ttype\tlevel\tsweep\tprompt\n", "x.tsv:1: no column output"),
+    ((HEAD + "a\tb\t1\t3\tp\n").encode(), "x.tsv:2: 5 fields, the first line names 6"), ((HEAD + "a\tb\t1\t3\tp\to\tmore\n").encode(), "x.tsv:2: 7 fields"),
+    ((HEAD + 'a\tb\t1\t3\tp\t"1\n2\n3"\na\tb\t2\tx\tp\to\n').encode(), "x.tsv:5: sweep 'x': expected a number or `baseline`"), ((HEAD + "a\tb\t1\tinf\tp\to\n").encode(), "x.tsv:2: sweep 'inf'"),
+    ((HEAD + "a\t \t1\t3\tp\to\n").encode(), "x.tsv:2: type is empty"), ((HEAD + "a\tb\t1\t3\tp\to\n" * 2).encode(), "x.tsv:3: a b 1 3 stands in line 2 already"),
+    ((HEAD + "a\tb\t1\t3\tp\to\na\tb\t1\t4\tp\t\"open\na\tb\t1\t5\tp\to\n").encode(), "x.tsv:3: a quotation mark without its partner"),
+    (HEAD.encode() + b"a\tb\t1\t3\tp\tok\na\tb\t1\t4\tp\t\xff\n", "x.tsv:3: not UTF-8"), (("\ufeff" + HEAD).encode("utf-16"), "not UTF-8"),
+    ((HEAD + "a\tb\t1\t3\tp\t" + "x" * 200_000 + "\n").encode(), "x.tsv:2: field larger")])
+def test_malformed_files_name_the_line(tmp_path, text, says):
+    (tmp_path / "x.tsv").write_bytes(text)
+    with pytest.raises(UserError) as e: read_outputs(tmp_path / "x.tsv")
+    assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_folders_and_missing_files(tmp_path):
+    for path in (tmp_path, tmp_path / "none.tsv"):
+        with pytest.raises(UserError, match="cannot be read"): read_outputs(path)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(TEXT | st.sampled_from(["", NOTHING, "k" * 20, "sorrowful " * 9, "I am not sure.\n" * 5, "A healthy sentence, quite."]), min_size=1, max_size=12))
+def test_flags_row_by_row(texts):
+    "The flags by loops over rows, the way the description goes."
+    t = table(texts)
+    got = judge(t)
+    base = {tuple(r[c] for c in PROMPT): r["output"] for _, r in t.iterrows() if r["sweep"] == BASELINE}
+    for (_, row), (_, g) in zip(t.iterrows(), got.iterrows()):
+        before, clamped = base[tuple(row[c] for c in PROMPT)], row["sweep"] != BASELINE
+        shown = {x: "" if x == NOTHING else x for x in (before, row["output"])}
+        assert g.is_collapsed == legacy_collapsed(row["output"]) and g.is_looping == collapsed(shown[row["output"]])
+        assert g.intervention_improves_baseline == (clamped and legacy_collapsed(before) and not g.is_collapsed)
+        assert g.harms_baseline == (clamped and not legacy_collapsed(before) and g.is_collapsed)
+        assert g.ends_loop == (clamped and collapsed(shown[before]) and not g.is_looping) and g.begins_loop == (clamped and not collapsed(shown[before]) and g.is_looping)
+        assert g.improves_without_loop == (g.intervention_improves_baseline and not g.is_looping) and g.same_as_baseline == (clamped and before == row["output"])
+    cells = curve(got)
+    for _, c in cells.iterrows():
+        assert c.stayed + c.recovered + c.harmed + c.well == c.prompts == 4 and c.p <= c.p_holm <= 1
+        assert c["recovery.low"] <= c.recovery <= c["recovery.high"] or c.stayed + c.recovered == 0
+    assert cells[cells.rule == "original"].recovered.sum() == got.intervention_improves_baseline.sum()
+    assert cells[cells.rule == "period-agnostic"].harmed.sum() == got.begins_loop.sum()
+    assert cells.sweep.tolist() == ["-5", "10"] * 2
+
+
+@settings(max_examples=200, deadline=None)
+@given(TEXT)
+def test_metrics_against_counting(text):
+    m = text_metrics(text)
+    tokens = text.split()
+    if not tokens or text == NOTHING: return None if math.isnan(m["total_tokens"]) and m["error"] else pytest.fail(text)
+    p = np.array(list(Counter(tokens).values())) / len(tokens)
+    assert (m["total_tokens"], m["unique_tokens"]) == (len(tokens), len(p)) and m["error"] is None
+    assert m["token_entropy"] == pytest.approx(-(p * np.log2(p)).sum(), abs=1e-12)
+    assert 1 <= m["num_sentences"] <= len(tokens) and m["avg_sentence_length"] == len(tokens) / m["num_sentences"]
+    assert m["num_repeated_bigrams"] == sum(tokens[i:i + 2] not in [tokens[j:j + 2] for j in range(i)] and [tokens[j:j + 2] for j in range(len(tokens) - 1)].count(tokens[i:i + 2]) > 1 for i in range(len(tokens) - 1))
+
+
+def test_files_of_a_report(tmp_path):
+    t = table(["k" * 20, "A healthy sentence, quite. And one more!", "I am not sure. " * 6, "```\ncode\n```", "", "’" * 9])
+    write_outputs(tmp_path / "run.tsv", t)
+    judged, files = report(tmp_path / "run.tsv", tmp_path / "out")
+    assert [f.name for f in files] == ["run_metrics.csv", "run_improvement_report.md", "run_recovery.csv"] and all(f.parent.name == "out" for f in files)
+    back = pd.read_csv(files[0])
+    assert back.columns.tolist() == ORIGINAL + OURS and back.is_collapsed.tolist() == judged.is_collapsed.tolist()
+    assert back[COLUMNS[:4]].astype(str).values.tolist() == t[COLUMNS[:4]].astype(str).values.tolist()
+    assert back.error.equals(back["error.1"])
+    text = files[1].read_text()
+    assert text == improvement_report(judged, "run.tsv") and text.count("**Sweep:") == judged.intervention_improves_baseline.sum()
+    assert len(pd.read_csv(files[2])) == 4
+
+
+def test_prompts_without_a_baseline_are_said_and_left_out():
+    t = table(["k" * 20, "A healthy sentence, quite."])
+    t = t[~((t.sweep == BASELINE) & (t.level < 2))]
+    got = judge(t)
+    assert "2 of the 4 prompts have no baseline" in "\n".join(summary(got))
+    assert not got[got.level < 2][["intervention_improves_baseline", "harms_baseline", "ends_loop", "begins_loop", "same_as_baseline"]].any(axis=None)
+    assert set(curve(got).prompts) == {2}
+    none = judge(t[t.sweep != BASELINE])
+    assert set(curve(none).prompts) == {0} and "0 of 0 baselines" in "\n".join(summary(none))
+    assert curve(judge(t[t.sweep == BASELINE])).empty
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=40))
+def test_outcomes(pairs):
+    before, after = (np.array([p[i] for p in pairs], bool) for i in (0, 1))
+    o = outcome(before, after)
+    assert (o.stayed, o.recovered, o.harmed, o.well) == tuple(sum((b, a) == x for b, a in pairs) for x in ((1, 1), (1, 0), (0, 1), (0, 0)))
+    assert 0 <= o.p <= 1 and outcome(after, before).p == o.p
+    twice = outcome(np.tile(before, 2), np.tile(after, 2), draws=2)
+    assert (twice.recovery, twice.harm) == (o.recovery, o.harm) or math.isnan(o.recovery.value) or math.isnan(o.harm.value)
+    assert math.isnan(twice.p)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gpt_neox", "gemma2"])
+def test_a_held_neuron_is_held(architecture):
+    "Every row its own neuron and value; nothing else in the layer moves; writing in batches of any size is the same; no hook stays."
+    lm, g = tiny(architecture), torch.Generator().manual_seed(0)
+    t, at, v = torch.randint(3, 96, (4, 6), generator=g), torch.tensor([1, 7, 7, 0]), torch.tensor([3., -2., 0., 5.])
+    hook = "blocks.1.mlp.hook_post"
+    clean = lm.capture(t, [hook])[hook]
+    with lm.intervene(hold(lm, 1, at, v)): got = lm.capture(t, [hook])[hook]
+    want = clean.clone()
+    want[torch.arange(4), :, at] = v[:, None]
+    torch.testing.assert_close(got, want)
+    out = "blocks.1.hook_mlp_out"
+    with lm.intervene(hold(lm, 1, at, v)): moved = lm.capture(t, [out])[out]
+    if architecture != "gemma2":  # there a norm follows the projection
+        torch.testing.assert_close(moved - lm.capture(t, [out])[out], (v[:, None] - clean[torch.arange(4), :, at])[..., None] * written_by(lm, 1, at.tolist())[:, None], atol=1e-4, rtol=1e-3)
+
+    class Names:
+        pad_token_id = 0
+        def __call__(self, text): return {"input_ids": [ord(c) % 90 + 3 for c in text]}
+    lm.tokenizer = Names()
+    texts, vectors = ["abc", "b", "abcde"], torch.randn(3, 32, generator=g) * 20
+    all_at_once = write_texts(lm, texts, 6, lambda r: push(1, vectors[r]))
+    assert write_texts(lm, texts, 6, lambda r: push(1, vectors[r]), batch=1) == all_at_once != write_texts(lm, texts, 6)
+    assert lm.active == []

@@ -256,7 +256,7 @@ def pieces(packed: Packed, opening: int | None) -> list[tuple[int, list[int]]]:
     for tokens, doc in zip(packed.tokens_NT.numpy(), packed.doc_NT.numpy()):
         cut = np.r_[0, np.flatnonzero(np.diff(doc)) + 1, len(doc)]
         out += [(int(doc[a]), [int(t) for t in tokens[a:b] if t != opening]) for a, b in zip(cut, cut[1:]) if doc[a] >= 0]
-    return out
+    return [(doc, tokens) for doc, tokens in out if tokens]
 
 def openings(packed: Packed, n: int, size: int, opening: int | None, seed: int = 0) -> tuple[Tensor, np.ndarray]:
     "((P, size) tokens, (P,) documents): how up to n random documents begin, with the opening token where there is one."

@@ -28,12 +28,14 @@ def test_app_in_a_browser(toy_run, tmp_path):
         wait(lambda: len(texts()) == 2, "no two texts")
         assert texts()[0] == texts()[1] and "the same text" in driver.find_element(By.CSS_SELECTOR, ".nc-app").text   # no push, same random numbers
 
+        number = next(x for x in driver.find_elements(By.CSS_SELECTOR, ".nc-app .widget-text") if x.text.startswith("value")).find_element(By.TAG_NAME, "input")
+        number.clear(); number.send_keys("300" + Keys.TAB)
         button("add push").click()
         wait(lambda: len(pushes()) == 1, "the push is not listed")
         button("write").click()
-        wait(lambda: texts()[0] != texts()[1], "a neuron set to 5 at every position changed nothing")
+        wait(lambda: texts()[0] != texts()[1], "a neuron set to 300 at every position changed nothing")
         said = driver.find_element(By.CSS_SELECTOR, ".nc-app").text
-        assert "they part at token" in said and "hooks left on the model: 0" in said and "5.00" in said
+        assert "they part at token" in said and "hooks left on the model: 0" in said and "300.00" in said
 
         box = driver.find_element(By.CSS_SELECTOR, ".widget-textarea textarea")
         box.clear(); box.send_keys(Keys.TAB)

@@ -181,7 +181,7 @@ HEADLINES = {  # chapter → its findings, where no criterion names them
     "04_nano": ("loss",), "06_coherence": ("false_positives", "loops_greedy", "legacy_greedy"), "10_sparse": ("gradient_difference",), "11_dictionary": ("mcc",), "13_train": ("ev", "dead", "tokens"),
     "16_layers": ("chosen_layer", "proxy"), "21_policy": ("kl", "accuracy_loss_relative", "l0", "composite"), "23_labels": ("share", "gain", "detection", "fuzzing"),
     "30_concepts": ("dead_few", "dead_most", "mcc", "f1"), "33_roommates": ("log_odds", "log_odds_opposed", "tax"), "36_monitor": ("detection", "auroc", "false_alarms"), "40_prompts": ("type_other_wording", "level_other_wording"),
-    "41_planes": ("exact_digits", "separation"), "43_neurons": ("loneliness", "kurtosis", "rate"), "51_log": ("met", "met_not_shown", "missed")}
+    "41_planes": ("exact_digits", "separation"), "42_schemas": ("agreement", "moved"), "43_neurons": ("loneliness", "kurtosis", "rate"), "51_log": ("met", "met_not_shown", "missed")}
 
 def headline(e: Entry, most: int = 4) -> dict[str, float]:
     "Up to `most` numbers that a node found: its `HEADLINES`, or else all, the ones a criterion asks for first."

@@ -12,7 +12,7 @@ import argparse, contextlib, fcntl, hashlib, json, os, shlex, sys, time
 from pathlib import Path
 from typing import Any, Iterable, NamedTuple
 
-from .run import COMMON, DAMAGED, RunParams, UserError, code_digest, data_folder, end_with_parent, knobs, outside_digest, read_params, resolve, results, root, scratch, short_path, typed, write_json
+from .run import COMMON, DAMAGED, RunParams, UserError, code_digest, data_folder, end_with_parent, knobs, outdated, outside_digest, read_params, resolve, results, root, scratch, short_path, typed, write_json
 
 # %% ../../nbs/01_engine.ipynb #be5d8754
 FOLLOWS: dict[str, tuple[str, ...]] = {  # chapter → chapters whose folders it reads
@@ -42,6 +42,7 @@ FOLLOWS: dict[str, tuple[str, ...]] = {  # chapter → chapters whose folders it
     "36_monitor": ("02_text", "12_activations", "13_train", "34_themes"),
     "40_prompts": ("02_text",),
     "41_planes": ("40_prompts",),
+    "42_schemas": ("02_text", "40_prompts"),
     "43_neurons": ("02_text",),
     "44_recovery": ("02_text", "13_train", "34_themes"),
     "50_explorer": ("02_text", "12_activations", "13_train", "22_importance", "23_labels", "34_themes"),
@@ -78,9 +79,11 @@ class Job(NamedTuple):
         return run / ".done" / f"{self.name.replace('/', '-')}.{self.key}"
 
 def is_done(job: Job) -> bool:
-    "Whether the node's folder is there, was written under its present key and was not found damaged."
-    whole = all((job.folder / name).is_file() for name in ("manifest.json", f"{job.chapter}.ipynb"))
-    return job.stamp.exists() and whole and not (job.folder / DAMAGED).exists()
+    "Whether the node's folder is there, was written under its present key from inputs that still are what they were, and was not found damaged."
+    if not (job.stamp.exists() and (job.folder / f"{job.chapter}.ipynb").is_file()) or (job.folder / DAMAGED).exists(): return False
+    try: manifest = json.loads((job.folder / "manifest.json").read_text(encoding="utf8"))
+    except (OSError, ValueError): return False
+    return manifest["code"] == code_digest(job.chapter) and not outdated(manifest)  # another checkout may have put its folder in place of ours
 
 # %% ../../nbs/01_engine.ipynb #1e342a30
 def job_params(p: RunParams, chapter: str, layer: int | None, overrides: dict[str, Any]) -> dict[str, Any]:

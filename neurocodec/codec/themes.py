@@ -266,13 +266,16 @@ def single_out(
     classes = np.array([c for c in np.unique(found[1]) if min((found[1] == c).sum(), (confirm[1] == c).sum()) >= least])
     if len(classes) < 2 or not groups: return None
     rng, out = np.random.default_rng([seed, 5]), []
-    for g in groups:
-        sets = [g, *lookalikes(count_F, g, n_random, rng)]
+    def tried(g, n):
+        sets = [g, *lookalikes(count_F, g, n, rng)]
         sums_SF = sp.csr_matrix((np.ones(len(g) * len(sets)), np.concatenate(sets), np.arange(len(sets) + 1) * len(g)), shape=(len(sets), len(count_F)))
         here, there = (aurocs((sums_SF @ m.T).toarray().T, c, classes) for m, c in (found, confirm))
         best = here.argmax(1)
-        value, *null = there[np.arange(len(best)), best]
-        out.append((classes[best[0]], value, np.mean(null) if null else np.nan, (1 + sum(x >= value for x in null)) / (1 + n_random)))
+        return classes[best[0]], there[np.arange(len(best)), best]
+    for g in groups:
+        first, (value, *null) = tried(g, n_random)
+        if n_random and sum(x >= value for x in null) <= .02 * n_random: null += [*tried(g, 10 * n_random)[1][1:]]  # else no p-value could pass among many themes
+        out.append((first, value, np.mean(null) if null else np.nan, (1 + sum(x >= value for x in null)) / (1 + len(null))))
     return Singled(*map(np.array, zip(*out)))
 
 # %% ../../nbs/34_themes.ipynb #53a92534

@@ -170,7 +170,7 @@ CODEC = (
     Criterion("steering.lift", "Themes steer what is written", "rise of a text-only judge's log-odds at a strength that costs 10 % perplexity on select, less the 95 % quantile of random vectors", "> 0 nats", "35_steering", "lift"),
     Criterion("steering.boost", "… and what is expected next", "probability of the theme's held-out words, steered over not", "≥ 2.0 ×", "35_steering", "boost"),
     Criterion("steering.overhead", "… at little cost", "rise of perplexity, under the untouched model, of what the steered one writes next, at that strength", "≤ 14.5 %", "35_steering", "overhead"),
-    Criterion("steering.stability", "… and at less cost than one feature", "rise of perplexity under the best single feature of a domain, over that under the theme, both pushed equally far", "≥ 1.8 ×", "35_steering", "stability"),
+    Criterion("steering.stability", "… and at less cost than one feature", "rise of perplexity under the single feature with the largest membership in the theme, over that under the theme, both pushed equally far", "≥ 1.8 ×", "35_steering", "stability"),
     Criterion("steering.sweet_spot", "A low strength is enough", "strength at which the chosen method costs 10 % perplexity on select, in units of chapter 35 (a tenth of the stream's typical length, or 4.5° of rotation); the log's unit is not known", "about 1.4", "35_steering", "sweet_spot"),
     Criterion("monitor.detection", "Themes watch", "share of the prompts from a watched package that raise an alarm, mean over packages; the threshold fixed at 1 % false alarms on other documents", "≥ 98.2 %", "36_monitor", "detection"),
     Criterion("monitor.false_alarms", "… and stay silent otherwise", "share of the other packages' prompts that raise an alarm, at that threshold", "≤ 1 %", "36_monitor", "false_alarms"),
@@ -178,7 +178,7 @@ CODEC = (
 RESONANCE = (
     Criterion("srm.exact", "The spotlight in closed form is the original", "decimal digits, −log10 of the largest difference from the similarities that explicit matrices of SO(D) give, over orthogonal, oblique and unnormalised bases", "≥ 10", "41_planes", "exact_digits"),
     Criterion("recovery.collapsed_baselines", "Some baselines collapse", "share of baselines that the brief's rule calls collapsed", "about 8 of 140", "44_recovery", "collapsed_baselines"),
-    Criterion("recovery.recovered", "A clamp recovers them", "share of those that the same rule calls recovered at +25", "≥ 7 of 8", "44_recovery", "recovered"),
+    Criterion("recovery.recovered", "A clamp recovers them", "share of those that the same rule calls recovered at the value picked on the other half (in params/gpt2-resonance.yaml +25)", "≥ 7 of 8", "44_recovery", "recovered"),
 )
 CRITERIA = SAE + DECODER + CODEC + RESONANCE
 

@@ -69,6 +69,32 @@ def test_curly_quotes_that_follow_a_factor_are_reported():
     assert c.loc[("level", "curly quotes"), "eta2"] < .01 and c.loc[("type", "words"), "eta2"] == 0
 
 
+def test_values_that_follow_frames_alone_are_no_evidence():
+    "Two hundred columns that know only the frame, whatever its type: found as often as the level says, although all cores agree; a column that knows the type is found."
+    t = P.docstrings()
+    rng, frame = np.random.default_rng(0), P.frames(t)
+    x = pd.DataFrame(rng.normal(size=(frame.max() + 1, 200))[frame] + .3 * rng.normal(size=(len(t), 200))).assign(type=t.type.map(dict(zip(t.type.unique(), range(4)))) + rng.normal(size=len(t)))
+    c = P.confounds(t, x, 199)
+    for f in ("type", "level"): assert .01 < (c[(c.factor == f) & (c.covariate != "type")].p <= .05).mean() < .11
+    assert c[(c.factor == "type") & (c.covariate == "type")].p.item() == .005
+
+
+def test_cores_without_shared_cells_are_permuted_prompt_by_prompt():
+    t = pd.DataFrame({"core_id": [f"c{i}" for i in range(30)], "type": ["x", "y"] * 15, "level": 0, "paraphrase": range(30), "prompt": "p"})
+    assert len(set(P.frames(t))) == 30
+    c = P.confounds(t, pd.DataFrame({"type": (t.type == "x") * 1., "not": np.arange(30) // 2 % 2}), 199)
+    assert c.p[0] == .005 and c.p[1] > .2
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 999), st.integers(1, 6), st.floats(.3, 1))
+def test_drawn_prompts_are_as_many_of_every_core(seed, n, share):
+    "Of a whole design and of one with holes."
+    t = P.docstrings().sample(frac=share, random_state=seed)
+    at = P.crossed(t, n, seed)
+    assert len(set(at)) == len(at) and set(t.iloc[at].core_id.value_counts()) == {min(n, t.core_id.value_counts().min())}
+
+
 def test_changed_built_in_set_is_refused(tmp_path, monkeypatch):
     (tmp_path / "prompts").mkdir()
     (tmp_path / "prompts" / "epistemic.yaml").write_text("- {core_id: a, prompt: b}\n")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SETS', 'READERS', 'MODES', 'PLACES', 'UNITS', 'BOS', 'WINDOWS', 'read_prompts', 'epistemic', 'docstrings', 'Design',
-           'factors_of', 'check_design', 'covariates', 'variance_share', 'permuted_within', 'confounds', 'Clamp',
-           'positions', 'interventions', 'hook_shape', 'Passed', 'write', 'read', 'CaptureConfig', 'encode',
-           'window_means', 'fingerprint', 'capture_key', 'Capture', 'capture']
+           'factors_of', 'check_design', 'covariates', 'variance_share', 'frames', 'permuted_frames', 'confounds',
+           'crossed', 'Clamp', 'positions', 'interventions', 'hook_shape', 'Passed', 'write', 'read', 'CaptureConfig',
+           'encode', 'window_means', 'fingerprint', 'capture_key', 'Capture', 'capture']
 
 # %% ../../nbs/40_prompts.ipynb #8f15c2d6
 import csv, hashlib, io, json, re
@@ -195,7 +195,7 @@ def covariates(prompts: pd.DataFrame, lm: LM | None = None) -> pd.DataFrame:
     marks = {"marks": r"[^\w\s]", "questions": r"\?", "commas": r",", "straight apostrophes": r"'", "curly quotes": "[‘’“”]", "other than ASCII": r"[^\x00-\x7f]"}
     return pd.DataFrame(counts | {k: text.str.count(v) for k, v in marks.items()} | {"capitals": text.str.count("[A-Z]")})
 
-# %% ../../nbs/40_prompts.ipynb #f3f0818f
+# %% ../../nbs/40_prompts.ipynb #48da29b9
 def variance_share(value_NC: np.ndarray, group_N: np.ndarray) -> np.ndarray:
     "(C,) eta squared: share of each column's variance that lies between the groups, 0 where it does not vary."
     value_NC = np.asarray(value_NC, float) - np.mean(value_NC, 0)
@@ -205,22 +205,36 @@ def variance_share(value_NC: np.ndarray, group_N: np.ndarray) -> np.ndarray:
     total = (value_NC**2).sum(0)
     return np.divide((sum_GC**2 / n_G[:, None]).sum(0), total, out=np.zeros_like(total), where=total > 1e-12)
 
-def permuted_within(label_N: np.ndarray, core_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    "Labels exchanged among the prompts of each core."
-    order, shuffled = np.lexsort((np.arange(len(core_N)), core_N)), np.lexsort((rng.random(len(core_N)), core_N))
-    out = np.empty_like(label_N)
-    out[order] = label_N[shuffled]
-    return out
+def frames(prompts: pd.DataFrame) -> np.ndarray:
+    "(N,) number of each prompt's frame: its cell and paraphrase, whatever the core."
+    return prompts.groupby([*factors_of(prompts), "paraphrase"], observed=True).ngroup().to_numpy()
+
+def permuted_frames(label_N: np.ndarray, frame_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    "Labels exchanged among the frames, the same way in every core: prompts of one frame are no independent evidence."
+    _, first, at_N = np.unique(frame_N, return_index=True, return_inverse=True)
+    return label_N[first][rng.permutation(len(first))][at_N]
 
 def confounds(prompts: pd.DataFrame, value_NC: pd.DataFrame, n_perm: int = 199, seed: int = 0) -> pd.DataFrame:
-    "eta² of every covariate over every factor, with the null's mean and the permutation p value (permuted within core)."
-    rng, rows, core_N = np.random.default_rng(seed), [], prompts.core_id.to_numpy()
+    "eta² of every covariate over every factor, with the null's mean and the permutation p value (exchanged among frames)."
+    rng, rows, frame_N = np.random.default_rng(seed), [], frames(prompts)
     for f in factors_of(prompts):
         real, label_N = variance_share(value_NC.to_numpy(), prompts[f].to_numpy()), prompts[f].to_numpy()
-        null = np.stack([variance_share(value_NC.to_numpy(), permuted_within(label_N, core_N, rng)) for _ in range(n_perm)])
+        null = np.stack([variance_share(value_NC.to_numpy(), permuted_frames(label_N, frame_N, rng)) for _ in range(n_perm)])
         p = (1 + (null >= real - 1e-12).sum(0)) / (n_perm + 1)
         rows += [{"factor": f, "covariate": c, "eta2": r, "null": m, "p": q} for c, r, m, q in zip(value_NC, real, null.mean(0), p)]
     return pd.DataFrame(rows)
+
+# %% ../../nbs/40_prompts.ipynb #f3f0818f
+def crossed(prompts: pd.DataFrame, n: int, seed: int = 0) -> np.ndarray:
+    "Positions of `n` prompts of every core (fewer where the smallest core has fewer), drawn so that over the cores every cell, and every value of every factor, comes about equally often."
+    rng, cell_N, used, out = np.random.default_rng(seed), prompts[factors_of(prompts)].astype(str).to_numpy(), Counter(), []
+    for core in prompts.core_id.unique():
+        left, here = rng.permutation(np.flatnonzero(prompts.core_id == core)).tolist(), Counter()
+        for _ in range(min(n, prompts.core_id.value_counts().min())):
+            i = min(left, key=lambda i: (used[tuple(cell_N[i])], *(here[k, v] for k, v in enumerate(cell_N[i])), sum(used[k, v] for k, v in enumerate(cell_N[i]))))
+            left.remove(i); out.append(i)
+            here.update(enumerate(cell_N[i])); used.update([tuple(cell_N[i]), *enumerate(cell_N[i])])
+    return np.sort(out)
 
 # %% ../../nbs/40_prompts.ipynb #98ecf14e
 MODES, PLACES, UNITS = ("set", "add", "scale", "ablate", "resample"), ("all", "prompt", "generated", "last", "sticky"), ("raw", "sigma")
@@ -407,9 +421,9 @@ def window_means(p: Passed, hook: str, opened_B: Tensor) -> dict[str, Tensor]:
 
 # %% ../../nbs/40_prompts.ipynb #cbf1820a
 def fingerprint(lm: LM) -> str:
-    "16 hex digits over a model's name and the weights of its last block."
+    "16 hex digits over a model's name and some thousand values of every tensor of weights."
     h = hashlib.sha256(repr(lm).encode())
-    for p in lm.blocks[-1].parameters(): h.update(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for p in lm.model.parameters(): h.update(p.detach().flatten()[:: max(1, p.numel() // 1024)].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()[:16]
 
 def capture_key(lm: LM, prompts: pd.DataFrame, config: CaptureConfig, clamp: Clamp | None, values: Sequence[float | None]) -> str:

@@ -35,7 +35,7 @@ SCHEMAS = {
     "03": Schema("Clamp states", "prompts, neuron, plane", "the clamp's value", "angle, capture, signed shift", "random neurons"),
     "04": Schema("Before and after", "prompts, neuron, plane", "clamped or not", "the displacement of every prompt", "random planes, what is only carried along"),
     "05": Schema("Same vector, several planes", "one vector", "the plane", "ρ, ψ, chance of ρ", "random planes, permuted coordinates"),
-    "06": Schema("Bat Country", "one vector, or two conditions", "an ensemble of planes", "agreement, outliers, reconstruction", "random planes, permuted labels, random neurons"),
+    "06": Schema("Bat Country", "one vector, or two conditions", "an ensemble of planes", "agreement, outliers, reconstruction", "random planes, permuted labels, other vectors, random neurons"),
 }
 
 # %% ../../nbs/42_schemas.ipynb #d8755654

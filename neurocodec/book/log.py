@@ -238,6 +238,7 @@ def reading(c: Criterion, e: Entry) -> dict[str, Any]:
     if not meets(t, number, low, high): verdict, why = "missed", reason or shortfall(t, number, low, high)
     elif was_set(c, number, low, high): verdict, why = "met, not shown", f"set by {c.knob}, not found"
     elif others := rivals(t, beside): verdict, why = "met, not shown", f"met as well by: {'; '.join(others)}"
+    elif t.relation != "about" and not all(meets(t, x) for x in (low, high) if x is not None): verdict, why = "met, not shown", "the interval reaches across the bound"
     else: verdict, why = "met", ""
     return {"layer": e.layer, "value": value, "low": low, "high": high, "n": n, "verdict": verdict, "reason": why,
             "control": {name: beside[k] for k, name in CONTROLS.items() if isinstance(beside.get(k), (int, float))}}
@@ -257,7 +258,7 @@ def criteria(entries: list[Entry]) -> list[dict[str, Any]]:
 def verdicts(rows: list[dict[str, Any]]) -> str:
     "A run's verdicts in one sentence."
     n = Counter(r["verdict"] for r in rows)
-    unshown = f"{n['met, not shown']} met but not shown (a control meets them too, or a knob sets them), " if n["met, not shown"] else ""
+    unshown = f"{n['met, not shown']} met but not shown (a control meets them too, a knob sets them or the interval reaches across the bound), " if n["met, not shown"] else ""
     return f"{n['met']} met, {unshown}{n['missed']} missed, {n['not yet measured']} not yet measured"
 
 # %% ../../nbs/51_log.ipynb #4430a64c

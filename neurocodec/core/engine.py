@@ -83,7 +83,7 @@ def is_done(job: Job) -> bool:
     if not (job.stamp.exists() and (job.folder / f"{job.chapter}.ipynb").is_file()) or (job.folder / DAMAGED).exists(): return False
     try: manifest = json.loads((job.folder / "manifest.json").read_text(encoding="utf8"))
     except (OSError, ValueError): return False
-    return manifest["code"] == code_digest(job.chapter) and not outdated(manifest)  # another checkout may have put its folder in place of ours
+    return manifest.get("code") == code_digest(job.chapter) and not outdated(manifest)  # another checkout may have put its folder in place of ours
 
 # %% ../../nbs/01_engine.ipynb #1e342a30
 def job_params(p: RunParams, chapter: str, layer: int | None, overrides: dict[str, Any]) -> dict[str, Any]:

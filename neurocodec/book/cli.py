@@ -69,7 +69,7 @@ class Watch:
         for p in (self.top / ".running").glob("*.json"):
             with contextlib.suppress(OSError, ValueError):
                 d = json.loads(p.read_text())
-                out[d["name"]] = d
+                if d["name"] in self.todo: out[d["name"]] = d  # others of the same run may be at work on other nodes
         return out
 
     def _bar(self, name: str) -> str:

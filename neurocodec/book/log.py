@@ -216,9 +216,9 @@ CONTROLS = {"pca": "PCA, equal rank", "untrained": "untrained", "random_model": 
             "supervised": "before reinforcement learning", "random_reward": "random rewards", "random_gate": "as many random features",
             "keep": "strongest features alone", "dealt": "rooms dealt at random", "apart": "bottleneck of shifted codes", "mixture": "random mixture, sparse recovery", "activation_order": "order of size", "random_order": "random order", "deranged": "deranged labels",
             "random_neuron": "other neurons", "random_vectors": "random vectors", "revived": "dead features revived", "sampling": "sampling, no clamp",
-            "lexical": "token n-grams", "dense": "dense probe", "random_theme": "random features, as many", "shuffled_members": "members of other themes", "sign_flip": "turned round", "single": "a single feature", "screened": "a third of its members",
+            "lexical": "token n-grams", "dense_probe": "dense probe", "dense": "the stream itself", "random_theme": "random features, as many", "shuffled_members": "members of other themes", "sign_flip": "turned round", "single": "a single feature", "screened": "a third of its members",
             "best_features": "features chosen by domain", "diffmean": "DiffMean", "prompt": "a prompt", "independent": "noise made independent"}  # the parts of a metric's name that make it a control, and what they are called in print
-SAME = ("matched", "revived", "single", "screened", "best_features", "diffmean", "prompt", "independent")  # of these, what is the same method or another way to the same end; that it meets a target too takes nothing away
+SAME = ("matched", "dense", "revived", "single", "screened", "best_features", "diffmean", "prompt", "independent")  # of these, what is the same method or another way to the same end; that it meets a target too takes nothing away
 
 def rivals(t: Target, beside: dict[str, Any]) -> list[str]:
     "The controls that meet a target as well; `beside` has their values, and bounds as `name.low` and `name.high`."

@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,6 +29,18 @@ def results(tmp_path, monkeypatch):
     """An empty results folder for one test."""
     monkeypatch.setenv("NEUROCODEC_RESULTS", str(tmp_path / "results"))
     return tmp_path / "results"
+
+
+def model_and_text(kind, lengths, T=16):
+    """A tiny model of an architecture, and random documents of these lengths packed into contexts of T tokens."""
+    import pandas as pd
+    import torch
+    from neurocodec.core.lm import tiny
+    from neurocodec.core.text import Packed, pack
+    lm = tiny(kind)
+    lm.tokenizer = SimpleNamespace(bos_token_id=1, eos_token_id=2)
+    ids = [torch.randint(3, 90, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in lengths]
+    return lm, Packed(*pack(ids, T, 1), pd.DataFrame(index=range(len(ids))))
 
 
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")

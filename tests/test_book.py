@@ -1,7 +1,6 @@
 "The built book as a reader's browser sees it: complete, safe, offline, on a phone and in the dark."
-import json, os, re, shutil, time
+import json, os, re, shutil
 from html.parser import HTMLParser
-from pathlib import Path
 
 import nbformat
 import pytest

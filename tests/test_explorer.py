@@ -1,6 +1,5 @@
 "The explorer as a reader's browser sees it, foreign formats, hostile text, and runs that lack a part."
-import json, os, re, shutil, time
-from pathlib import Path
+import json, re, shutil
 
 import numpy as np
 import pandas as pd
@@ -12,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from scipy import sparse as sp
 
 from neurocodec.book import explorer
-from neurocodec.core.run import UserError, root
+from neurocodec.core.run import UserError
 from neurocodec.sae.dictionary import DictionaryConfig, create_dictionary
 
 HOSTILE = ["<script>document.title='hacked'</script>", "<img src=x onerror=\"document.title='hacked'\">", "\"'`</p>", "\u202eevil\u202c", "مرحبا", "\u0301\u0308", "\u200b", "\n", "\t", "javascript:alert(1)",

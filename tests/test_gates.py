@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse as sp
 
+from conftest import model_and_text
 from neurocodec.codec.concepts import plant, shifted
 from neurocodec.codec.gates import (
     GateConfig, Neurons, against_truth, cells, chance_cosine, cross, dimensionality, find_gates, fires, groups, near_pairs, precision_recall, proportion, read_neurons, saturation)
@@ -107,15 +108,10 @@ def test_user_errors_are_one_line():
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_neurons_of_other_architectures(kind):
     "Codes and neurons are those of the very same tokens, whatever the MLP is called and however contexts are batched."
-    from neurocodec.core.lm import tiny
-    from neurocodec.core.text import Packed, pack
     from neurocodec.sae.activations import kept_tokens
     from neurocodec.sae.dictionary import DictionaryConfig, create_dictionary
 
-    lm = tiny(kind)
-    lm.tokenizer = type("Tokenizer", (), {"bos_token_id": 1, "eos_token_id": 2})
-    ids = [torch.randint(3, 90, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(5, 60, 3)]
-    text = Packed(*pack(ids, 16, 1), pd.DataFrame(index=range(len(ids))))
+    lm, text = model_and_text(kind, range(5, 60, 3))
     d = create_dictionary(DictionaryConfig(d_model=lm.d_model, n_features=40, k=4))
     got = read_neurons(lm, text, {0: d, 1: d}, batch=3)
     keep = kept_tokens(text.tokens_NT, text.doc_NT, 1)

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from neurocodec.core.lm import load_tokenizer, tiny
+from conftest import model_and_text
+from neurocodec.core.lm import load_tokenizer
 from neurocodec.core.run import UserError
 from neurocodec.core.text import Packed, pack
 from neurocodec.decoder import labels as L
@@ -199,9 +199,7 @@ def test_contexts_are_those_of_a_loop(seed, top, T):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
 def test_a_pass_does_not_depend_on_the_batch(kind, tmp_path):
-    lm = tiny(kind)
-    lm.tokenizer = SimpleNamespace(bos_token_id=1, eos_token_id=2)
-    text = Packed(*pack([torch.randint(3, 90, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 40, 17, 33)], 24, 1), None)
+    lm, text = model_and_text(kind, (5, 40, 17, 33), 24)
     d = create_dictionary(DictionaryConfig(d_model=lm.d_model, n_features=32, k=4), lm.residual(text.tokens_NT, 1).flatten(0, 1))
     places = L.find_places(text, kept_tokens(text.tokens_NT, text.doc_NT, 1), 1)
     got = []

@@ -10,7 +10,7 @@ from scipy.stats import kurtosis
 from neurocodec.core.lm import tiny
 from neurocodec.core.run import UserError
 from neurocodec.core.text import Packed, pack
-from neurocodec.resonance.neurons import Moments, Sketch, from_sigma, correlation_with, left_one_out, legacy_csv, legacy_table, nearest_relative, neuron_table, to_sigma, unit_columns, watch_neurons
+from neurocodec.resonance.neurons import Moments, Sketch, correlation_with, left_one_out, legacy_csv, legacy_table, nearest_relative, neuron_table, unit_columns, watch_neurons
 
 TOKENIZER = type("Tokenizer", (), {"bos_token_id": 1, "eos_token_id": 2})
 
@@ -97,12 +97,6 @@ def test_partners_are_those_of_numpy_and_never_oneself():
     np.testing.assert_array_equal(partner[kept].numpy(), kept[np.abs(r).argmax(1)])
     assert (partner != torch.arange(25)).all() and (unit_columns(x)[:, 3] == 0).all()
     np.testing.assert_allclose(correlation_with(y, partner)[kept], [np.corrcoef(y[:, i], y[:, partner[i]])[0, 1] for i in kept], atol=1e-5)
-
-
-def test_sigma_units_go_back_and_forth():
-    t = pd.DataFrame({"layer": [0, 0], "neuron": [0, 1], "mean": [1., 2.], "sd": [.5, 0.]})
-    assert from_sigma(t, 0, 0, -2) == 0 and to_sigma(t, 0, 0, 2.) == 2 and np.isnan(to_sigma(t, 0, 1, 2.))
-    with pytest.raises(UserError, match="no neuron 9 in layer 0"): to_sigma(t, 0, 9, 1.)
 
 
 def test_jackknife_of_a_mean_is_its_standard_error():

@@ -7,16 +7,14 @@ import random
 import time
 from dataclasses import replace
 
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from neurocodec.core.lm import tiny
+from conftest import model_and_text
 from neurocodec.core.run import UserError
-from neurocodec.core.text import Packed, pack
 from neurocodec.decoder.decoder import DecoderConfig, Pool, create_decoder, read_pool
 from neurocodec.decoder.policy import (ARMS, CHECKPOINT, CURVES, REWARDS, Gate, Policy, PolicyConfig, PolicyTrainer, Weights, act, concentration,
                                        every_feature, forward_kl, frozen_rows, holm, keep_top, leave_one_out, measure, own_gate, policy_tensors,
@@ -146,10 +144,7 @@ def test_reach_gives_a_gate_what_later_positions_gained():
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
 def test_another_model_end_to_end(architecture, tmp_path):
-    lm = tiny(architecture)
-    lm.tokenizer = type("Tokenizer", (), {"bos_token_id": 1, "eos_token_id": 2})
-    ids = [torch.randint(3, 90, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(5, 45, 2)]
-    text = Packed(*pack(ids, 16, 1), pd.DataFrame(index=range(len(ids))))
+    lm, text = model_and_text(architecture, range(5, 45, 2))
     d = create_dictionary(DictionaryConfig(d_model=lm.d_model, n_features=40, k=4))
     pool = read_pool(lm, d, text, 1)
     decoder = create_decoder(DecoderConfig(kind="attention", n_features=40, d_vocab=lm.d_vocab, width=lm.d_model, heads=2, layers=1, layer=1, start="readout"), lm, d)

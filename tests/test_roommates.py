@@ -1,6 +1,5 @@
 "Roommates: matches that match, a test at its level, effects of planted size, interference by brute force, other architectures."
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,13 +7,12 @@ from hypothesis import strategies as st
 from scipy import sparse as sp
 from scipy.stats import binomtest
 
+from conftest import model_and_text
 from neurocodec.codec.concepts import ConceptConfig, World, firings, shifted
 from neurocodec.codec.roommates import (
-    KINDS, TAX, alike, area, contrast, count_pairs, dealt, differences, feature_variance, interference, judge, mantel_haenszel, moved_apart, partial_spearman, path_gain, room_limits, rooms, roommate_pairs, sharing, sign_flips)
+    KINDS, TAX, alike, area, contrast, count_pairs, dealt, differences, feature_variance, interference, judge, mantel_haenszel, moved_apart, partial_spearman, path_gain, room_limits, rooms, roommate_pairs, sign_flips)
 from neurocodec.codec.squeezer import Sample, Squeezer, SqueezerConfig, keep_strongest, read_through, take_sample, through, train_squeezer
-from neurocodec.core.lm import tiny
 from neurocodec.core.run import UserError
-from neurocodec.core.text import Packed, pack
 from neurocodec.sae.activations import kept_tokens
 from neurocodec.sae.dictionary import DictionaryConfig, create_dictionary
 from neurocodec.sae.layers import csr, onehot
@@ -194,10 +192,7 @@ def test_area_and_partial_ranks():
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_prices_through_other_architectures(kind):
-    lm = tiny(kind)
-    lm.tokenizer = type("Tokenizer", (), {"bos_token_id": 1, "eos_token_id": 2})
-    ids = [torch.randint(3, 90, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(20, 60, 2)]
-    text = Packed(*pack(ids, 16, 1), pd.DataFrame(index=range(len(ids))))
+    lm, text = model_and_text(kind, range(20, 60, 2))
     d = create_dictionary(DictionaryConfig(d_model=lm.d_model, n_features=48, k=6))
     x = lm.residual(text.tokens_NT, 1)[kept_tokens(text.tokens_NT, text.doc_NT, 1)].float()
     sample = take_sample(csr(d.encode(x), 48), min_firings=5)
@@ -208,4 +203,4 @@ def test_prices_through_other_architectures(kind):
     got = interference(s, seen, sample.scale_F)
     assert np.isfinite(got.natural_N).all() and len(got.natural_N) == len(doc)
     assert (differences(contrast(np.sign(rooms(s, (0, 0))) * (np.arange(sample.x_NF.shape[1]) % 7 < 3), seen, np.unique(doc, return_inverse=True)[1], d.W_dec.detach()[torch.from_numpy(sample.features_F)],
-                                 np.ones((48,) * 2, bool)[: len(sample.features_F), : len(sample.features_F)], enough=1), np.ones((1, len(ids))))[0].shape[0]) == 1
+                                 np.ones((48,) * 2, bool)[: len(sample.features_F), : len(sample.features_F)], enough=1), np.ones((1, len(text.docs))))[0].shape[0]) == 1

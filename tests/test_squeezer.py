@@ -1,6 +1,7 @@
 "The squeezer: files and faults, codes and units, threads, other architectures, readers that cannot lie about the budget."
+from dataclasses import replace
+
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from scipy import sparse as sp
 
+from conftest import model_and_text
 from neurocodec.codec.concepts import shifted
 from neurocodec.codec.squeezer import (
     MEASURES, Sample, Squeezer, SqueezerConfig, chosen_only, energy, keep_strongest, load_squeezer, mixture, read_through, recover, save_squeezer, spectrum, squeeze_loss, strongest,
@@ -28,8 +30,8 @@ def squeezer(): return train_squeezer(take_sample(codes()), SqueezerConfig(ratio
 def test_files(tmp_path, squeezer):
     save_squeezer(tmp_path / "s.safetensors", squeezer)
     again = load_squeezer(tmp_path / "s.safetensors")
-    assert all(torch.equal(getattr(again, k), getattr(squeezer, k)) for k in Squeezer.__dataclass_fields__) and again.ratio == squeezer.ratio == 2
-    parts = {k: getattr(squeezer, k).contiguous() for k in Squeezer.__dataclass_fields__}
+    parts = {k: torch.as_tensor(getattr(squeezer, k)).contiguous() for k in Squeezer.__dataclass_fields__}
+    assert all(torch.equal(torch.as_tensor(getattr(again, k)), t) for k, t in parts.items()) and again.ratio == squeezer.ratio == 2
     for wrong, message in ((parts | {"b_enc_M": torch.zeros(3)}, "do not fit"), ({"W": torch.zeros(1)}, "expected a squeezer's")):
         save_file(wrong, tmp_path / "w.safetensors")
         with pytest.raises(UserError, match=message) as e: load_squeezer(tmp_path / "w.safetensors")
@@ -90,16 +92,25 @@ def test_same_bytes_for_any_number_of_threads():
             torch.set_num_threads(n)
             out.append(train_squeezer(take_sample(codes()), SqueezerConfig(ratio=2, steps=8)))
     finally: torch.set_num_threads(was)
-    assert all(torch.equal(getattr(out[0], k), getattr(out[1], k)) for k in Squeezer.__dataclass_fields__)
+    assert all(torch.equal(getattr(out[0], k), getattr(out[1], k)) for k in Squeezer.__dataclass_fields__ if k != "k")
 
 
 def test_seeds_and_starts_differ():
     s = take_sample(codes())
     a, b, c = (train_squeezer(s, SqueezerConfig(ratio=4, steps=3, **how)) for how in ({}, {"seed": 1}, {"start": "random"}))
     assert not torch.equal(a.W_enc_MF, b.W_enc_MF) and not torch.equal(a.W_enc_MF, c.W_enc_MF)
-    quiet, loud = (train_squeezer(s, SqueezerConfig(ratio=4, steps=60, quiet=q)) for q in (.3, 0))
-    on = [float((x.neurons(*support_of(codes()[:, s.features_F])) > 0).float().mean()) for x in (quiet, loud)]
-    assert on[0] < on[1], on
+
+
+def test_topk_keeps_its_share_of_neurons(tmp_path):
+    sample = take_sample(codes())
+    s = train_squeezer(sample, SqueezerConfig(ratio=2, steps=30, keep=.25))
+    values_n, at = support_of(codes()[:, s.features_F.numpy()])
+    all_NM, kept_NM = replace(s, k=0).neurons(values_n, at), s.neurons(values_n, at)
+    assert s.k == round(s.M / 4) and ((kept_NM > 0).sum(1) <= s.k).all() and ((kept_NM > 0).sum(1) == s.k).any() and ((all_NM > 0).sum(1) > s.k).any()
+    np.testing.assert_array_equal(kept_NM.max(1).values, all_NM.max(1).values)
+    assert (kept_NM[kept_NM > 0] == all_NM[kept_NM > 0]).all()
+    save_squeezer(tmp_path / "s.safetensors", s)
+    assert load_squeezer(tmp_path / "s.safetensors").k == s.k
 
 
 def test_shifted_codes_leave_pca_nothing():
@@ -121,7 +132,7 @@ def test_recovery_fails_where_it_must():
 
 
 def test_user_errors_are_one_line():
-    for make, message in ((lambda: SqueezerConfig(ratio=.9), "ratio = 0.9: expected 1 or more"), (lambda: SqueezerConfig(steps=0), "steps = 0"), (lambda: SqueezerConfig(quiet=-1), "quiet = -1"),
+    for make, message in ((lambda: SqueezerConfig(ratio=.9), "ratio = 0.9: expected 1 or more"), (lambda: SqueezerConfig(steps=0), "steps = 0"), (lambda: SqueezerConfig(keep=0), "keep = 0: expected a share above 0"),
                           (lambda: SqueezerConfig(start="warm"), "start = 'warm': expected own or random"), (lambda: take_sample(sp.csr_matrix((50, 4))), "no feature fires 10 times"),
                           (lambda: train_squeezer(take_sample(codes()), SqueezerConfig(lr=1e30, steps=12)), "not finite")):
         with pytest.raises(UserError, match=message) as e: make()
@@ -131,15 +142,11 @@ def test_user_errors_are_one_line():
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_other_architectures(kind):
     "The identity changes nothing, whatever the batch; carriers and uncovered features are dealt with; silence costs what ablating the features costs."
-    from neurocodec.core.lm import tiny
-    from neurocodec.core.text import Packed, next_token_mask, pack
+    from neurocodec.core.text import next_token_mask
     from neurocodec.sae.activations import kept_tokens
     from neurocodec.sae.dictionary import DictionaryConfig, create_dictionary
 
-    lm = tiny(kind)
-    lm.tokenizer = type("Tokenizer", (), {"bos_token_id": 1, "eos_token_id": 2})
-    ids = [torch.randint(3, 90, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(5, 60, 3)]
-    text = Packed(*pack(ids, 16, 1), pd.DataFrame(index=range(len(ids))))
+    lm, text = model_and_text(kind, range(5, 60, 3))
     d = create_dictionary(DictionaryConfig(d_model=lm.d_model, n_features=40, k=4))
     keep = kept_tokens(text.tokens_NT, text.doc_NT, 1)
     m = csr(d.encode(lm.residual(text.tokens_NT, 1)[keep]), 40)

@@ -158,7 +158,7 @@ CODEC = (
     Criterion("concepts.cure", "… and many concepts do not", "the same with the most concepts planted", "< 5 %", "30_concepts", "dead_most"),
     Criterion("gates.precision", "OR gates are found, and only those", "precision of the detector on planted gates", "≥ 0.95", "32_gates", "precision"),
     Criterion("gates.recall", "… and most of them", "recall of the detector on planted gates, a tenth of firings missed", "≥ 0.9", "32_gates", "recall"),
-    Criterion("gates.prevalence", "Neurons act as OR gates", "share of the neurons of chapter 31's quiet bottlenecks, four features to a neuron, that pass every test of an OR gate", "about 21.8 %", "32_gates", "prevalence"),
+    Criterion("gates.prevalence", "Neurons act as OR gates", "share of the neurons of chapter 31's TopK bottlenecks, four features to a neuron, that pass every test of an OR gate", "about 21.8 %", "32_gates", "prevalence"),
     Criterion("squeezer.loss_ratio", "Squeezing costs little", "next-token loss with codes squeezed to a quarter as many neurons, over that with the dictionary's own codes; the worst layer", "≤ 1.82 ×", "31_squeezer", "loss_ratio"),
     Criterion("roommates.log_odds", "Roommates fire together less", "upper end of the 95 % interval of the log-odds ratio with which two features that excite the same neuron of a squeezer, four features to a neuron, fire together, less that of pairs matched in frequency, documents and cosine", "< 0", "33_roommates", "log_odds_high"),
     Criterion("roommates.any_sign", "… or they do, if the sign of a weight does not matter", "the same with rooms by the size of the gain alone, exciting, hushing and opposed pairs together", "< 0", "33_roommates", "log_odds_any_sign_high"),

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUANTILES', 'Moments', 'Sketch', 'unit_columns', 'nearest_relative', 'correlation_with', 'Layer', 'Seen',
-           'watch_neurons', 'neuron_table', 'row_of', 'from_sigma', 'to_sigma', 'legacy_table', 'legacy_csv',
-           'extremes', 'left_one_out']
+           'watch_neurons', 'neuron_table', 'legacy_table', 'legacy_csv', 'extremes', 'left_one_out']
 
 # %% ../../nbs/43_neurons.ipynb #7f1da514
 from dataclasses import dataclass
@@ -194,22 +193,6 @@ def neuron_table(seen: Seen) -> pd.DataFrame:
                                  "r": r_M[mine].numpy(), "partner_layer": (partner_M[mine] // M).numpy(), "partner": (partner_M[mine] % M).numpy()}))
         start += M
     return pd.concat(out, ignore_index=True)
-
-def row_of(table: pd.DataFrame, layer: int, neuron: int) -> pd.Series:
-    "A neuron's row, or a UserError that says what there is."
-    found = table[(table.layer == layer) & (table.neuron == neuron)]
-    if not len(found): raise UserError(f"no neuron {neuron} in layer {layer}: there are layers 0 to {table.layer.max()} of {table.neuron.max() + 1} neurons")
-    return found.iloc[0]
-
-def from_sigma(table: pd.DataFrame, layer: int, neuron: int, z: float) -> float:
-    "The activation that lies z standard deviations above a neuron's mean: a clamp's value in σ units."
-    row = row_of(table, layer, neuron)
-    return float(row["mean"] + z * row.sd)
-
-def to_sigma(table: pd.DataFrame, layer: int, neuron: int, value: float) -> float:
-    "How many standard deviations an activation lies above a neuron's mean; nan for one that does not vary."
-    row = row_of(table, layer, neuron)
-    return float((value - row["mean"]) / row.sd) if row.sd > 0 else float("nan")
 
 # %% ../../nbs/43_neurons.ipynb #caf9a500
 def legacy_table(seen: Seen) -> pd.DataFrame:

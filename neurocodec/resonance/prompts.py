@@ -207,7 +207,7 @@ def variance_share(value_NC: np.ndarray, group_N: np.ndarray) -> np.ndarray:
 
 def frames(prompts: pd.DataFrame) -> np.ndarray:
     "(N,) number of each prompt's frame: its cell and paraphrase, whatever the core."
-    return prompts.groupby([*factors_of(prompts), "paraphrase"], observed=True).ngroup().to_numpy()
+    return prompts.groupby([*factors_of(prompts), "paraphrase"], observed=True, dropna=False).ngroup().to_numpy()
 
 def permuted_frames(label_N: np.ndarray, frame_N: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     "Labels exchanged among the frames, the same way in every core: prompts of one frame are no independent evidence."

@@ -6,8 +6,8 @@
 __all__ = ['TOY', 'SAE', 'DECODER', 'CODEC', 'RESONANCE', 'CRITERIA', 'HEADLINES', 'CONTROLS', 'SAME', 'toy_run', 'Entry',
            'read_run', 'read_runs', 'Target', 'read_target', 'meets', 'shortfall', 'figure', 'interval', 'Criterion',
            'headline', 'log_rows', 'chosen_layer', 'rivals', 'was_set', 'reading', 'judge', 'criteria', 'verdicts',
-           'table', 'measured', 'coloured', 'verdict', 'criteria_table', 'side_by_side', 'layers_table', 'runs_table',
-           'log_table', 'clock']
+           'table', 'measured', 'coloured', 'verdict', 'criteria_table', 'criteria_markdown', 'side_by_side',
+           'layers_table', 'runs_table', 'log_table', 'clock']
 
 # %% ../../nbs/51_log.ipynb #c0db2954
 import json, math, re
@@ -302,6 +302,16 @@ def criteria_table(rows: list[dict[str, Any]], full: bool = True) -> Markup:
         return [claim, r["target"], measured(r), control, verdict(r)]
     shown = [r for r in rows if full or r["verdict"] != "not yet measured"]
     return table(["claim", "target", "measured", "control", "verdict"], [_line(r) for r in shown], "nc-criteria")
+
+def criteria_markdown(rows: list[dict[str, Any]]) -> str:
+    "What has been measured of the criteria as a Markdown table; README.md has that of the long run."
+    def _line(r):
+        unit = read_target(r["target"]).unit
+        value = figure(r["value"], unit) + (f" {interval(r['low'], r['high'], unit)}" if r["low"] is not None else "")
+        layers = f", {sum(x['verdict'].startswith('met') for x in r['layers'])} of {len(r['layers'])} layers" if len(r["layers"]) > 1 else ""
+        return [r["claim"], r["target"], value, ", ".join(f"{k} {figure(v, unit)}" for k, v in r["control"].items()) or "—", r["verdict"] + layers]
+    lines = [["claim", "target", "measured, 95 % interval", "controls", "verdict"], ["---"] * 5, *(_line(r) for r in rows if r["verdict"] != "not yet measured")]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 # %% ../../nbs/51_log.ipynb #8dedc8f7
 def side_by_side(columns: dict[str, dict[str, dict[str, Any]]]) -> Markup:

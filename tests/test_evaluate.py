@@ -1,6 +1,7 @@
 """Chapter 25's prompts and scores against lm-evaluation-harness, its files when they are not what they should be, and its subjects on other architectures."""
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -196,6 +197,15 @@ def test_a_benchmark_that_cannot_be_had_is_one_line(panel, tmp_path):
     said = []
     assert ev.run_benchmarks(panel, ["boolq", "nothing"], tmp_path, say=said.append) == {}
     assert [s.split(": ")[1] for s in said] == ["not run. " + str(tmp_path), "not run. task 'nothing'"] and all("\n" not in s for s in said)
+    said.clear()
+    assert ev.run_benchmarks(panel, ["all", "boolq"], tmp_path, say=said.append) == {}
+    assert [line.partition(":")[0] for line in said] == list(ev.BENCHMARKS), "`all` is every one, whatever else is named"
+
+
+def test_benchmarks_of_which_none_ran_are_a_failure(tmp_path, monkeypatch):
+    from neurocodec.book import cli
+    monkeypatch.setattr(ev, "open_panel", lambda *_: None)
+    assert cli._benchmarks(SimpleNamespace(tasks="all,boolq", data=str(tmp_path), limit=1, layer=[2]), SimpleNamespace(run="nano", model="nano", layers=[2], seed=0), "nano.yaml") == 2
 
 
 @settings(max_examples=30, deadline=None)

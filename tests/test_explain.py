@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from neurocodec.book.cli import main
 from neurocodec.core.lm import tiny
-from neurocodec.core.run import UserError
+from neurocodec.core.run import UserError, write_json
 from neurocodec.core.text import Packed, pack
-from neurocodec.decoder.explain import (Case, Confidence, Explanation, agreement, confirmed, cut_cases, explain, faith, feature_names, matched, mean_values, narrate,
-                                        ordered, study, to_html, to_terminal, train_narrator, wilson)
+from neurocodec.decoder.explain import (Case, Confidence, Explanation, agreement, calibrate, confirmed, cut_cases, ece, explain, faith, feature_names, matched, mean_values, narrate,
+                                        ordered, study, tell, to_html, to_terminal, train_narrator, wilson)
 from neurocodec.decoder.importance import ablate, model_output
 from neurocodec.decoder.decoder import Pool, borrow_readout, read_pool
 from neurocodec.decoder.policy import Gate
@@ -79,6 +80,41 @@ def test_trace_and_rest_are_whole():
     e = shown(lm, d, output, "some words")
     assert len(e.trace) == 5 and e.rest == 0 and sum(p for _, p in e.choices) <= 1 + 1e-6 and (e.low, e.high) == (0, 1)
     assert [abs(x[3]) for x in e.trace] == sorted((abs(x[3]) for x in e.trace), reverse=True)
+
+
+def test_an_output_without_a_narrator_is_told_by_its_ablations():
+    lm, d, output, pool = parts("llama")
+    case, names = study(output, cut_cases(pool)[0]), [f"name {f}" for f in range(40)]
+    said = tell(lm, output, case, "", names, Confidence(1., [0] * 10, [0] * 10), None).words
+    assert said.endswith("because of: " + "; ".join(names[f] for f in confirmed(case)))
+
+
+def test_only_what_a_run_explained_is_explained(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NEUROCODEC_RESULTS", str(tmp_path))
+    for chapter in ("24_explain", "13_train"): write_json(tmp_path / "mine/L3" / chapter / "manifest.json", {"params": {"decoder_name": "attention"}, "outputs": {}})
+    for which in ("tokens", "linear", "untrained"):
+        assert main(["explain", "hello", "--run", "mine", "--of", which]) == 2
+        assert f"--of {which}: this run explained model and attention" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("url, says", [("http://127.0.0.1:abc/v1", "expected http://HOST/v1"), ("http://[::1", "expected http://HOST/v1"), ("http://127.0.0.1:1/v1", "2 times")])
+def test_words_that_cannot_be_had_are_one_line(url, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NEUROCODEC_RESULTS", str(tmp_path))
+    (tmp_path / "mine/L3/24_explain").mkdir(parents=True)
+    monkeypatch.setattr("neurocodec.decoder.explain.explain_text", lambda *_: Explanation("x", [("a", .5)], 0., 1., [(1, "n", 1., .5)], 0., "w"))
+    assert main(["explain", "hello", "--run", "mine", "--words", "server:m", "--base-url", url]) == 2
+    said = capsys.readouterr().err
+    assert says in said and "Traceback" not in said and len(said.splitlines()) == 1
+
+
+@given(st.floats(.3, 3), st.integers(0, 20))
+@settings(max_examples=20, deadline=None)
+def test_a_temperature_is_kept_only_where_it_helps_on_what_it_was_not_fitted_to(scale, seed):
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(600, 5, generator=g)
+    y = z.softmax(-1).multinomial(1, generator=g)[:, 0]
+    t = calibrate(z * scale, y).temperature
+    assert t == 1 or ece(z[400:] * scale, y[400:], t) < ece(z[400:] * scale, y[400:])
 
 
 def test_few_lessons_do_no_harm():

@@ -40,7 +40,7 @@ def artefacts(F, vocabulary, seed=0, top=20, intervals=5, each=4, W=32, seen=98_
     contexts = {"tokens_FCW": tokens, "acts_FCW": acts.astype(np.float16), "doc_FC": doc, "place_FC": place, "kind_FC": kind, "count_F": count, "seen": np.array([seen]), "max_F": peak, "hist_FH": hist,
                 "logit_values_FL": values, "logit_tokens_FL": rng.integers(0, V, (F, 20)).astype(np.int32), "edges_FQ": edges.astype(np.float32)}
     labels = [{"feature": f, "label": HOSTILE[f % len(HOSTILE)] if f < len(HOSTILE) else f"the word {vocabulary[f % V]} in family {f % 97}", "labeller": "rules", "detection": (s := .5 + .45 * rng.random()),
-               "fuzzing": .5 + .4 * rng.random(), "null_detection": .45 + .1 * rng.random(), "null_fuzzing": None, "n": 100, "confident": bool(s > .6), "failure": None} for f in range(F) if f % 11 != 7]
+               "fuzzing": .5 + .4 * rng.random(), "null_detection": .45 + .1 * rng.random(), "null_fuzzing": None, "bar": .6, "n": 100, "confident": bool(s > .6), "failure": None} for f in range(F) if f % 11 != 7]
     order = rng.permutation(F)
     importance = pd.DataFrame({"feature": np.arange(F), "n": count, "attribution_decoder": rng.random(F), "attribution_model": rng.random(F), "exact_decoder": np.nan, "exact_model": np.where(order < 50, rng.random(F), np.nan), "rank": order + 1})
     return {k: torch.from_numpy(v) for k, v in contexts.items()}, {"provenance": {}, "features": labels}, importance
@@ -375,7 +375,7 @@ def test_the_page_of_a_feature(desk, site):
     text = desk.execute_script("return document.getElementById('feature').innerText")
     contexts, labels, importance = artefacts(2000, (HOSTILE + [f" word{i}" for i in range(200)])[:200])
     label = next(r for r in labels["features"] if r["feature"] == 300)
-    assert " ".join(label["label"].split()) in text and f"{label['detection']:.2f}" in text and f"deranged {label['null_detection']:.2f}" in text and "n = 100" in text
+    assert " ".join(label["label"].split()) in text and f"{label['detection']:.2f}" in text and f"deranged {label['null_detection']:.2f}, bar 0.60" in text and "n = 100" in text
     assert f"{contexts['count_F'][300]:,} of 98,304" in text and f"rank {importance['rank'][300]:,}" in text and "a random direction" in text
     assert "Top activations" in text and text.count("Interval") == 5 and "×2" in text
     bars = desk.execute_script("return [document.querySelectorAll('.logits li').length, document.querySelectorAll('.histogram rect').length, document.querySelectorAll('.list li').length]")
@@ -534,7 +534,7 @@ def test_without_scripts_there_is_a_table(site):
         rows = driver.find_elements(By.CSS_SELECTOR, ".sheet table:first-child tbody tr")
         themes = driver.find_elements(By.CSS_SELECTOR, ".sheet table + table tbody tr")
         assert len(themes) == 20 and "0.9 (null 0.62)" in themes[0].text
-        assert len(rows) == 2000 and HOSTILE[0] in rows[0].text and "of 98304" in rows[0].text and "deranged" in rows[0].text
+        assert len(rows) == 2000 and HOSTILE[0] in rows[0].text and "of 98304" in rows[0].text and ", bar 0.6, n 100)" in rows[0].text
         assert not driver.find_element(By.ID, "app").is_displayed()
     finally: driver.quit()
 

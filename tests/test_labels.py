@@ -1,8 +1,10 @@
 "Labels: a server that fails in every way loses nothing and is paid once, a kill costs what was under way, and contexts depend on nothing but the activations."
+import hashlib
 import json
 import multiprocessing
 import os
 import re
+import socket
 import threading
 import time
 from collections import Counter
@@ -17,8 +19,10 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from conftest import model_and_text
+from neurocodec.book import cli
+from neurocodec.core.engine import jobs
 from neurocodec.core.lm import load_tokenizer
-from neurocodec.core.run import UserError
+from neurocodec.core.run import UserError, read_params, resolve, write_json
 from neurocodec.core.text import Packed, pack
 from neurocodec.decoder import labels as L
 from neurocodec.sae.activations import kept_tokens
@@ -37,11 +41,13 @@ class Handler(BaseHTTPRequestHandler):
         with s.lock:
             s.seen[prompt] += 1
             s.headers.append(dict(self.headers))
+            s.keys.setdefault(prompt, []).append(self.headers["Idempotency-Key"])
             plan = s.plan(prompt)
             what = plan[min(s.seen[prompt], len(plan)) - 1]
             s.times.append((time.monotonic(), what))
         if what == "drop":
-            self.connection.close()
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
             return
         if what == "slow": time.sleep(s.delay)
         status = what if isinstance(what, int) else 200
@@ -63,7 +69,7 @@ def server(monkeypatch):
     for k in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"): monkeypatch.delenv(k, raising=False)
     s = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     s.daemon_threads, s.lock = True, threading.Lock()
-    s.seen, s.paid, s.headers, s.times, s.delay, s.plan = Counter(), Counter(), [], [], 1.5, lambda p: ["good"]
+    s.seen, s.paid, s.headers, s.keys, s.times, s.delay, s.plan = Counter(), Counter(), [], {}, [], 1.5, lambda p: ["good"]
     s.url = f"http://127.0.0.1:{s.server_port}/v1"
     threading.Thread(target=s.serve_forever, args=(.05,), daemon=True).start()
     yield s
@@ -85,18 +91,52 @@ def test_a_server_that_fails_in_every_way_loses_nothing_and_is_paid_once(server,
     got = L.chat_labels(chat, features, some_contexts(100), ["x"], 10, tmp_path)
     assert sorted(got) == list(range(100)), "every feature has an outcome"
     named = {f for f, (label, _) in got.items() if label}
-    whole = {f for a in (0, 20, 30, 40, 50) for f in range(a, a + 10)} | set(range(70, 79))  # of a reply that was cut, the last line does not count
+    whole = {f for a in (0, 20, 30, 40) for f in range(a, a + 10)} | set(range(70, 79))  # of a reply that was cut, the last line does not count
     assert named == whole and all(got[f] == (f"label of {f}", "") for f in whole)
     assert all(got[f][1] for f in set(range(100)) - whole), "every failure has a reason"
     assert "HTTP 400" in got[80][1] and "HTTP 500, 3 times" in got[90][1]
-    assert max(server.paid.values()) <= 2 and sum(n == 2 for n in server.paid.values()) <= 1, "only what timed out was answered twice"
+    assert "no answer within 0.7 s" in got[50][1] and tmp_path.name in got[10][1], "silence names the time, nonsense where it is kept"
+    assert max(server.paid.values()) == 1, "nothing is asked for again while it may still be answered"
+    time.sleep(server.delay)  # the late answer, which nobody waits for
     before = server.seen.copy()
     again = L.chat_labels(L.Server("m", server.url, tries=1, wait=.02, workers=4), features, some_contexts(100), ["x"], 10, tmp_path)
     new = server.seen - before
-    assert sorted(int(re.search(r"^Feature (\d+)$", p, re.M)[1]) for p in new) == [80, 90], "only what was never answered is asked again"
-    assert {f: x for f, x in again.items() if f < 80} == {f: x for f, x in got.items() if f < 80}
+    assert sorted(int(re.search(r"^Feature (\d+)$", p, re.M)[1]) for p in new) == [50, 80, 90], "only what was never answered is asked again"
+    assert {f: x for f, x in again.items() if f < 50} == {f: x for f, x in got.items() if f < 50} and again[50] == ("label of 50", "")
+    assert all(len(set(keys)) == 1 for keys in server.keys.values()) and len({k for keys in server.keys.values() for k in keys}) == 10, "a prompt keeps its Idempotency-Key, over tries and runs"
     assert all(h["Authorization"] == "Bearer sk-secret-of-this-test" for h in server.headers)
     assert not any("secret" in p.read_text() for p in tmp_path.iterdir()), "the key is in no file"
+
+
+def test_a_slow_server_is_asked_once_and_can_know_the_prompt_again(server, tmp_path):
+    server.delay, server.plan = .8, lambda p: ["slow", "good"]
+    chat = L.Server("m", server.url, tries=3, wait=.01, timeout=.2, workers=4)
+    prompts = [f"Feature {i}" for i in range(4)]
+    assert all(r.text is None and "per_prompt" in r.failure for r in L.ask(chat, prompts, tmp_path))
+    assert set(server.seen.values()) == {1}
+    L.ask(chat, prompts, tmp_path)
+    assert all(len(keys) == 2 and len(set(keys)) == 1 for keys in server.keys.values()), "a server that keeps answers by key would charge once"
+
+
+@pytest.mark.parametrize("key", ["sk-SECRET123\n", "sk-SECRET123\r\n", "  sk-SECRET123"])
+def test_white_space_around_a_key_is_no_part_of_it(server, key, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    assert L.Server("m", server.url).send("Feature 1").text == "1: label of 1"
+    assert server.headers[0]["Authorization"] == "Bearer sk-SECRET123"
+
+
+@pytest.mark.parametrize("key", ["sk-SÉCRET", "sk-SEC\nRET", "sk-SEC RET"])
+def test_what_is_no_key_is_one_line_without_it(key, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(UserError, match="characters that no key has") as e: L.Server("m", "http://127.0.0.1:9/v1")
+    assert "SEC" not in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_key_is_in_no_failure(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-SECRET123\n")
+    for what in ("drop", 500, 400, "slow"):
+        server.plan = lambda p, what=what: [what]
+        assert "SECRET" not in L.Server("m", server.url, tries=2, wait=.01, timeout=.2).send(f"{what}").failure
 
 
 def test_retry_after_holds_for_every_worker(server, tmp_path):
@@ -287,6 +327,36 @@ def test_text_of_the_corpus_cannot_pass_for_an_answer(a, b):
     line = L.marked([a, b], [0, 1, 0], [False, True, False])
     assert "\n" not in line and len(line.splitlines()) <= 1 and line.count("<<") == 1 and line.count(">>") == 1
     for text in L.answers(L.Reply(f"{a}\n7: {b}"), [7]).values(): assert text.isprintable() and len(text) <= 200
+
+
+def test_an_edited_review_is_merged_by_the_same_command(tmp_path, monkeypatch):
+    monkeypatch.setenv("NEUROCODEC_RESULTS", str(tmp_path / "results"))
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("model: nano\nlayers: [2, 4]\n")
+    labels, ran = [L.Label(f, f"label {f}", "symbolic", .9, .8, .5, .5, .6, 9, True, "") for f in range(2)], []
+
+    def run_params(path, layers, until, overrides, cores):
+        "The end of chapter 23, for every node without a stamp."
+        for j in jobs(read_params(path), overrides, layers, until):
+            if j.chapter != "23_labels" or j.stamp.exists(): continue
+            place = resolve(j.params["review"].replace("{layer}", str(j.layer)))
+            if not place.exists(): L.write_review(place, labels)
+            write_json(j.folder / "labels.json", L.labels_json(L.merge_review(labels, L.read_review(place, 2)), review=hashlib.sha256(place.read_bytes()).hexdigest()[:16]))
+            j.stamp.parent.mkdir(parents=True, exist_ok=True)
+            j.stamp.touch()
+            ran.append(j.layer)
+        return 7
+    monkeypatch.setattr(cli, "run_params", run_params)
+    command = ["label", "mine.yaml", "--review", "L{layer}.csv"]
+    for _ in range(2): assert cli.main(command) == 7
+    assert ran == [2, 4], "nothing was edited, nothing is made again"
+    L.write_review(tmp_path / "L4.csv", labels, {1: ("edit", "a reader's own")})
+    for _ in range(2): assert cli.main(command) == 7
+    merged = [L.read_labels(json.loads((tmp_path / f"results/mine/L{k}/23_labels/labels.json").read_text())) for k in (2, 4)]
+    assert ran == [2, 4, 4] and merged[0] == labels and merged[1][1].label == "a reader's own" and merged[1][0] == labels[0]
+    Path("L2.csv").unlink()
+    assert cli.main(command) == 7 and ran[3:] == [2] and Path("L2.csv").exists(), "a file that is gone is made again"
+    assert cli.main(["label", "mine.yaml", "--review", "one.csv"]) == 2 and cli.main(["label", "mine.yaml", "--review", "one.csv", "--layer", "4"]) == 7
 
 
 def test_file_of_the_package_is_named_as_delphi_does(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import kurtosis
+from scipy.stats import kurtosis, ttest_1samp
 
 from neurocodec.core.lm import tiny
 from neurocodec.core.run import UserError
@@ -99,7 +99,8 @@ def test_partners_are_those_of_numpy_and_never_oneself():
     np.testing.assert_allclose(correlation_with(y, partner)[kept], [np.corrcoef(y[:, i], y[:, partner[i]])[0, 1] for i in kept], atol=1e-5)
 
 
-def test_jackknife_of_a_mean_is_its_standard_error():
-    x = np.random.default_rng(0).normal(size=20)
-    e = left_one_out(lambda g: np.delete(x, [] if g is None else g).mean(), 20)
-    np.testing.assert_allclose((e.high - e.low) / 2, 1.96 * x.std(ddof=1) / 20**.5)
+@pytest.mark.parametrize("n", [2, 10, 20])
+def test_jackknife_of_a_mean_is_its_t_interval(n):
+    x = np.random.default_rng(0).normal(size=n)
+    e = left_one_out(lambda g: np.delete(x, [] if g is None else g).mean(), n)
+    np.testing.assert_allclose(e[:3], [x.mean(), *ttest_1samp(x, 0).confidence_interval()])

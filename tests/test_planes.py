@@ -16,12 +16,43 @@ def test_closed_form_is_the_rotation(d, m, shared, length, seed):
     rng = np.random.default_rng(seed)
     v = (rng.normal(size=(m, d)) + shared * rng.normal(size=d)) * length
     p = R.planes(R.Basis(v, tuple("abcd"[:m])), "PERM")
-    assume(np.abs(p.cos_P).max() < .9999)
+    assume(np.abs(p.cos_P).max() < 1 - 1e-9)
     x, theta = rng.normal(size=(30, d)), np.linspace(0, 2 * np.pi, 13)
     rho, psi = R.project(x, p)
     for k, (i, j) in enumerate(p.pair_P2):
         closed = np.linalg.norm(v[i]) * rho[k] * np.cos(theta[:, None] + psi[k])
         assert np.abs(closed - R.brute_force(x, v[i], v[j], theta)).max() < 1e-10 * max(1, np.linalg.norm(v[i]))
+
+
+@pytest.mark.parametrize("s", [1e-3, 1e-4, 1e-5])
+@pytest.mark.parametrize("side", [1, -1])
+def test_nearly_collinear_directions_keep_ten_digits(s, side):
+    rng, theta = np.random.default_rng(0), np.linspace(0, 2 * np.pi, 13)
+    for _ in range(10):
+        first, other = np.linalg.qr(rng.normal(size=(20, 2)))[0].T
+        v, x = np.stack([first, side * (np.sqrt(1 - s**2) * first + s * other)]), rng.normal(size=(30, 20))
+        rho, psi = R.project(x, R.planes(R.Basis(v, ("a", "b"))))
+        assert np.abs(rho[0] * np.cos(theta[:, None] + psi[0]) - R.brute_force(x, *v, theta)).max() < 1e-10
+
+
+def test_vectors_of_another_hook_point_are_refused():
+    x, p, keys = np.random.default_rng(0).normal(size=(5, 6)), R.planes(R.one_hot([0, 1], 6, "blocks.11.hook_resid_post")), list("abcde")
+    for f in (R.project, R.srm_table, lambda x, p, hook: R.reading(x, p, keys, hook)):
+        with pytest.raises(UserError, match="vectors of blocks.5.hook_resid_post in a basis of blocks.11"): f(x, p, hook="blocks.5.hook_resid_post")
+        f(x, p, hook="blocks.11.hook_resid_post"); f(x, p, hook="")
+    R.project(x, R.planes(R.one_hot([0, 1], 6)), "blocks.5.hook_resid_post")  # a basis that does not know where it belongs
+
+
+def test_the_suites_table_is_counted():
+    rng = np.random.default_rng(4)
+    x, p = rng.normal(size=(40, 7)), R.planes(R.random_basis(3, 7, 1))
+    t, (rho, psi) = R.srm_table(x, p, (0.2, 0.6), 24, True), R.project(x, p)
+    S_KPN = rho * np.cos(np.radians(t.angle_deg.to_numpy())[:, None, None] - psi)
+    assert t.columns.tolist() == ["angle_deg", "mean_similarity", "count_thresh_0.2", "signed_count_thresh_0.2", "count_thresh_0.6", "signed_count_thresh_0.6", "planes_averaged"]
+    np.testing.assert_allclose(t.mean_similarity, S_KPN.mean((1, 2)), atol=1e-12)
+    for eps in (.2, .6):
+        np.testing.assert_allclose(t[f"count_thresh_{eps}"], (S_KPN >= eps).sum(2).mean(1))
+        np.testing.assert_allclose(t[f"signed_count_thresh_{eps}"], ((S_KPN >= eps).sum(2) - (S_KPN <= -eps).sum(2)).mean(1))
 
 
 @settings(max_examples=60, deadline=None)
@@ -101,6 +132,11 @@ def test_damaged_basis_files_are_one_line(tmp_path_factory, data, suffix, cut):
     else: raise AssertionError("a damaged file was read")
 
 
+def test_complex_files_are_refused(tmp_path):
+    np.savez(tmp_path / "b.npz", basis_1=np.ones(4), basis_2=np.arange(4) * 1j)
+    with pytest.raises(UserError, match="b.npz: basis: directions are complex"): R.read_basis(tmp_path / "b.npz")
+
+
 def test_pickled_metadata_is_never_opened(tmp_path):
     class Trap:
         def __reduce__(self): return (pytest.fail, ("a pickle was opened",))
@@ -112,6 +148,8 @@ def test_pickled_metadata_is_never_opened(tmp_path):
     (lambda: R.planes(R.Basis([[1., 0, 0], [1 + 1e-9, 0, 0]], ("a", "b"))), "collinear"),
     (lambda: R.Basis([[1., 0, 0], [0, 1, 0]], ("a", "b"), centre_D=[0., 1.]), "a centre of shape"),
     (lambda: R.Basis([[1., 0], [0, 1]], ("a", "b")), "three coordinates or more"),
+    (lambda: R.Basis([[1j, 0, 0], [0, 1, 0]], ("a", "b")), "directions are complex"),
+    (lambda: R.grey(np.zeros(0), np.zeros(0)), "no vectors"),
     (lambda: R.project(np.full((2, 3), np.nan), R.planes(R.one_hot([0, 1], 3))), "not finite"),
     (lambda: R.spotlight(np.ones((2, 3)), R.planes(R.one_hot([0, 1], 3)), 1.5), "eps = 1.5"),
     (lambda: R.means(np.ones((3, 4)), ["a", "b"]), "2 labels for 3 vectors"),

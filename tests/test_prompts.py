@@ -36,7 +36,7 @@ def test_any_bytes_are_read_or_refused_in_one_line(tmp_path_factory, suffix, dat
     ("a.txt", ">> CORE_ID: x\n[LEVEL 1]\ndeclarative:\n", "a.txt:3: prompt is empty"),
     ("a.txt", ">> CORE_ID: x\n[LEVEL one]\n", "a.txt:2: level 'one': expected a whole number"),
     ("a.txt", ">> CORE_ID: x\n[LEVEL 1\n", "a.txt:2: '[LEVEL 1': expected"),
-    ("a.txt", ">> CORE_ID: x\ndeclarative: y\n", "a.txt:2: 'declarative: y' stands before any [LEVEL n]"),
+    ("a.txt", ">> CORE_ID: x\ndeclarative: y\n", "a.txt:2: no prompts in it"),
     ("a.csv", "core_id,level,prompt\nx,1,a\nx,high,b\n", "a.csv:3: level 'high'"),
     ("a.csv", "core_id,core_id,prompt\n", "a.csv:1: header"),
     ("a.csv", "core_id,paraphrase,prompt\nx,0,a\nx,0,b\n", "a.csv:3: paraphrase 0 of"),
@@ -51,6 +51,12 @@ def test_mistakes_name_file_and_line(tmp_path, name, text, says):
     (tmp_path / name).write_text(text, encoding="utf8")
     with pytest.raises(UserError) as e: P.read_prompts(tmp_path / name)
     assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_lines_before_a_level_are_kept_as_ignored():
+    "As in the original, whose files may describe a proposition before its first level; the next proposition starts without one."
+    t = P._read_grammar(P.Path("x.txt"), ">> CORE_ID: x\nDescription: of it\n[LEVEL 1]\nsure: a\n>> CORE_ID: y\nsure: lost\n[LEVEL 2]\nsure: b\n")
+    assert t.prompt.tolist() == ["a", "b"] and t.attrs["ignored"] == [[2, "Description: of it"], [6, "sure: lost"]] and P.check_design(t).ignored == 2
 
 
 def test_factors_of_any_name(tmp_path):
@@ -169,6 +175,9 @@ def test_threads_do_not_change_a_capture(tmp_path):
             got.append(P.capture(tmp_path / str(n), lm, few, P.CaptureConfig(("blocks.2.hook_resid_post",), n_new=4, temperature=1.), P.Clamp("blocks.0.mlp.hook_post", 1), (None, 5.)))
     finally: torch.set_num_threads(threads)
     assert got[0].items.text.tolist() == got[1].items.text.tolist() and got[0].about["key"] == got[1].about["key"]
+    counted = P.capture(tmp_path / "numpy", lm, few, P.CaptureConfig(("blocks.2.hook_resid_post",), n_new=4, temperature=1.), P.Clamp("blocks.0.mlp.hook_post", np.int64(1)), (None, *np.arange(5, 6, dtype=np.float32)))
+    assert counted.about == got[0].about  # NumPy's numbers are numbers
+    with pytest.raises(UserError, match="no values"): P.capture(tmp_path / "none", lm, few, P.CaptureConfig(("blocks.2.hook_resid_post",)), values=())
     np.testing.assert_allclose(*(c.vectors("blocks.2.hook_resid_post", "generated") for c in got), atol=1e-4)
 
 

@@ -2,6 +2,7 @@
 import csv
 import math
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -51,10 +52,18 @@ def test_level_may_be_a_word(tmp_path):
 
 
 HEAD = "\t".join(COLUMNS) + "\n"
+@given(st.text(alphabet='ab" \'5', min_size=1, max_size=12).filter(lambda t: not t.startswith('"')))
+def test_marks_inside_an_unquoted_field_are_text(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("t") / "x.tsv"
+    path.write_text(HEAD + f"a\tb\t1\tbaseline\tp\t{text}\nc\td\t02\t3\tp\to\n")
+    assert read_outputs(path)[["level", "output"]].values.tolist() == [[1, text], [2, "o"]]
+
+
 @pytest.mark.parametrize("text, says", [
     (b"", "x.tsv:1: no column core_id"), (b"\n\n", "x.tsv:1: no column"), (HEAD.encode(), "x.tsv:1: no rows"), (b"core_id\ttype\tlevel\tsweep\tprompt\n", "x.tsv:1: no column output"),
     ((HEAD + "a\tb\t1\t3\tp\n").encode(), "x.tsv:2: 5 fields, the first line names 6"), ((HEAD + "a\tb\t1\t3\tp\to\tmore\n").encode(), "x.tsv:2: 7 fields"),
     ((HEAD + 'a\tb\t1\t3\tp\t"1\n2\n3"\na\tb\t2\tx\tp\to\n').encode(), "x.tsv:5: sweep 'x': expected a number or `baseline`"), ((HEAD + "a\tb\t1\tinf\tp\to\n").encode(), "x.tsv:2: sweep 'inf'"),
+    ((HEAD + "a\tb\t1\tNone\tp\to\n").encode(), "`baseline`, which marks the unclamped text"), ((HEAD + "a\tb\t1\t3\tp\to\na\tb\t 01\t3\tp\to\n").encode(), "x.tsv:3: a b 1 3 stands in line 2 already"),
     ((HEAD + "a\t \t1\t3\tp\to\n").encode(), "x.tsv:2: type is empty"), ((HEAD + "a\tb\t1\t3\tp\to\n" * 2).encode(), "x.tsv:3: a b 1 3 stands in line 2 already"),
     ((HEAD + "a\tb\t1\t3\tp\to\na\tb\t1\t4\tp\t\"open\na\tb\t1\t5\tp\to\n").encode(), "x.tsv:3: a quotation mark without its partner"),
     (HEAD.encode() + b"a\tb\t1\t3\tp\tok\na\tb\t1\t4\tp\t\xff\n", "x.tsv:3: not UTF-8"), (("\ufeff" + HEAD).encode("utf-16"), "not UTF-8"),
@@ -91,6 +100,7 @@ def test_flags_row_by_row(texts):
         assert c["recovery.low"] <= c.recovery <= c["recovery.high"] or c.stayed + c.recovered == 0
     assert cells[cells.rule == "original"].recovered.sum() == got.intervention_improves_baseline.sum()
     assert cells[cells.rule == "period-agnostic"].harmed.sum() == got.begins_loop.sum()
+    assert (cells.recovered_without_loop <= cells.recovered).all() and cells[cells.rule == "original"].recovered_without_loop.sum() == got.improves_without_loop.sum()
     assert cells.sweep.tolist() == ["-5", "10"] * 2
 
 
@@ -119,6 +129,13 @@ def test_files_of_a_report(tmp_path):
     text = files[1].read_text()
     assert text == improvement_report(judged, "run.tsv") and text.count("**Sweep:") == judged.intervention_improves_baseline.sum()
     assert len(pd.read_csv(files[2])) == 4
+
+
+def test_a_report_that_cannot_be_written_is_one_line(tmp_path):
+    write_outputs(tmp_path / "run.tsv", table(["k" * 20]))
+    for folder in (tmp_path / "run.tsv", tmp_path / "run.tsv" / "below", tmp_path / ("x" * 300), "/proc/nope"):
+        with pytest.raises(UserError) as e: report(tmp_path / "run.tsv", folder)
+        assert Path(folder).name in str(e.value) and "cannot be written" in str(e.value) and "\n" not in str(e.value)
 
 
 def test_prompts_without_a_baseline_are_said_and_left_out():

@@ -193,7 +193,7 @@ class View(NamedTuple):
     texts: Callable[[list[int]], list[str]]
     themes: list[dict[str, Any]] | None = None  # chapter 34's themes of the layer, from its atlas
 
-LABEL = ("label", "labeller", "detection", "fuzzing", "null_detection", "null_fuzzing", "n", "confident", "failure")
+LABEL = ("label", "labeller", "detection", "fuzzing", "null_detection", "null_fuzzing", "bar", "n", "confident", "failure")
 EFFECT = ("attribution_model", "attribution_decoder", "exact_model", "exact_decoder", "rank")
 THEME = ("theme", "name", "features", "stability", "null_stability", "domain", "auroc")
 
@@ -397,7 +397,7 @@ def plain_table(view: View, found: dict[str, Any]) -> Markup:
     c, seen, row = found["columns"], view.about["seen"], Markup("<tr><td>{}</td><td><bdi>{}</bdi></td><td>{}</td><td>{}</td><td>{}</td><td><bdi>{}</bdi></td></tr>\n")
     def score(i):
         if c.get("detection", [None] * (i + 1))[i] is None: return ""
-        return f"{c['detection'][i]} (deranged {'—' if c['null_detection'][i] is None else c['null_detection'][i]}, n {'—' if c['n'][i] is None else c['n'][i]})"
+        return f"{c['detection'][i]} (" + ", ".join(f"{name} {'—' if c[k][i] is None else format(c[k][i], 'g')}" for name, k in (("deranged", "null_detection"), ("bar", "bar"), ("n", "n"))) + ")"
     body = Markup("").join(row.format(f, visible(str(c["label"][i] or "")) if "label" in c else "", score(i), f"{c['count'][i]} of {seen}", ", ".join(c["flags"][i]), visible("  ".join(c["words"][i])))
                            for i, f in enumerate(c["feature"]))
     return Markup("<noscript><div class='sheet'><table><thead><tr><th>feature</th><th>label</th><th>detection</th><th>active</th><th>warnings</th><th>tokens</th></tr></thead><tbody>{}</tbody></table>{}</div></noscript>").format(body, plain_themes(view) if view.themes else "")

@@ -154,14 +154,18 @@ DECODER = (
 
 # %% ../../nbs/51_log.ipynb #923315a2
 CODEC = (
-    Criterion("concepts.dead", "Few concepts leave most features dead", "share of features that never fire, with as few planted concepts as the pilot had and nothing that revives features", "about 3758 of 4096", "30_concepts", "dead_few"),
+    Criterion("concepts.dead", "Few concepts leave most features dead", "share of features that never fire, nothing revives them and the fewest concepts of the pilot are planted (the log: 100 for 4,096 features; the small pilot: 25 for 256)", "about 3758 of 4096", "30_concepts", "dead_few"),
     Criterion("concepts.cure", "… and many concepts do not", "the same with the most concepts planted", "< 5 %", "30_concepts", "dead_most"),
     Criterion("gates.precision", "OR gates are found, and only those", "precision of the detector on planted gates", "≥ 0.95", "32_gates", "precision"),
     Criterion("gates.recall", "… and most of them", "recall of the detector on planted gates, a tenth of firings missed", "≥ 0.9", "32_gates", "recall"),
-    Criterion("gates.prevalence", "Neurons act as OR gates", "share of the neurons of chapter 31's TopK bottlenecks, four features to a neuron, that pass every test of an OR gate", "about 21.8 %", "32_gates", "prevalence"),
+    Criterion("gates.prevalence", "Neurons act as OR gates", "share of the neurons of chapter 31's bottlenecks from scratch, TopK with four features to a neuron, that pass every test of an OR gate", "about 21.8 %", "32_gates", "prevalence"),
+    Criterion("gates.pilot", "… on planted concepts, as in the log", "the same in a bottleneck of the pilot's own data and proportions", "about 21.8 %", "32_gates", "pilot_prevalence"),
+    Criterion("gates.false_sums", "No OR is found where sums were planted", "share of planted sums that are reported as ORs", "≤ 1 %", "32_gates", "false_ors.linear"),
+    Criterion("gates.false_luck", "… or where features were shifted apart", "share of planted units reported as ORs of features that were shifted", "≤ 1 %", "32_gates", "false_ors.shifted"),
     Criterion("squeezer.loss_ratio", "Squeezing costs little", "next-token loss with codes squeezed to a quarter as many neurons, over that with the dictionary's own codes; the worst layer", "≤ 1.82 ×", "31_squeezer", "loss_ratio"),
+    Criterion("squeezer.pilot", "… on planted concepts, as in the log", "squared error of the pilot's vectors, squeezed from scratch with TopK, over the dictionary's own", "≤ 1.82 ×", "31_squeezer", "pilot_error"),
     Criterion("roommates.log_odds", "Roommates fire together less", "upper end of the 95 % interval of the log-odds ratio with which two features that excite the same neuron of a squeezer, four features to a neuron, fire together, less that of pairs matched in frequency, documents and cosine", "< 0", "33_roommates", "log_odds_high"),
-    Criterion("roommates.any_sign", "… or they do, if the sign of a weight does not matter", "the same in bottlenecks of TopK neurons as the log's, rooms by the size of the gain alone, exciting, hushing and opposed pairs together", "< 0", "33_roommates", "log_odds_any_sign_high"),
+    Criterion("roommates.any_sign", "… or they do, if the sign of a weight does not matter", "the same in bottlenecks from scratch, TopK as the log's, rooms by the size of the gain alone, exciting, hushing and opposed pairs together", "< 0", "33_roommates", "log_odds_any_sign_high"),
     Criterion("codec.superposition_tax", "Sharing a neuron has a price", "squared error of the stream with four features a neuron, over that with the dictionary's own code, a row for each", "about 10.9 ×", "33_roommates", "tax"),
     Criterion("themes.stability", "Features fall into themes", "agreement (AMI) of the themes with those found again in 80 % of the features, less the larger of two nulls' (clouds of equal covariance, shifted codes), at the layer where that is least", "> 0", "34_themes", "stability"),
     Criterion("themes.coverage", "… which are dense clusters of directions", "share of the features that HDBSCAN groups by their encoder directions, less the same in clouds of equal covariance, at the layer where that is least", "> 0 %", "34_themes", "coverage"),
@@ -216,9 +220,9 @@ CONTROLS = {"pca": "PCA, equal rank", "untrained": "untrained", "random_model": 
             "supervised": "before reinforcement learning", "random_reward": "random rewards", "random_gate": "as many random features",
             "keep": "strongest features alone", "plain": "without TopK", "dealt": "rooms dealt at random", "apart": "bottleneck of shifted codes", "mixture": "random mixture, sparse recovery", "activation_order": "order of size", "random_order": "random order", "deranged": "deranged labels",
             "random_neuron": "other neurons", "random_vectors": "random vectors", "revived": "dead features revived", "sampling": "sampling, no clamp",
-            "lexical": "token n-grams", "dense_probe": "dense probe", "dense": "the stream itself", "random_theme": "random features, as many", "shuffled_members": "members of other themes", "sign_flip": "turned round", "single": "a single feature", "screened": "a third of its members",
+            "lexical": "token n-grams", "dense_probe": "dense probe", "dense": "the stream itself", "random_theme": "random features, as many", "shuffled_members": "members of other themes", "sign_flip": "turned round", "single": "a single feature", "screened": "a third of its members", "topk": "TopK neurons, from scratch",
             "best_features": "features chosen by domain", "diffmean": "DiffMean", "prompt": "a prompt", "independent": "noise made independent"}  # the parts of a metric's name that make it a control, and what they are called in print
-SAME = ("matched", "plain", "dense", "revived", "single", "screened", "best_features", "diffmean", "prompt", "independent")  # of these, what is the same method or another way to the same end; that it meets a target too takes nothing away
+SAME = ("matched", "plain", "topk", "dense", "revived", "single", "screened", "best_features", "diffmean", "prompt", "independent")  # of these, what is the same method or another way to the same end; that it meets a target too takes nothing away
 
 def rivals(t: Target, beside: dict[str, Any]) -> list[str]:
     "The controls that meet a target as well; `beside` has their values, and bounds as `name.low` and `name.high`."

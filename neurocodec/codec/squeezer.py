@@ -102,6 +102,7 @@ def load_squeezer(path: str | Path) -> Squeezer:
     "Read a squeezer; UserError where the file is none."
     t, (path, want) = read_tensors(path), (short_path(path), set(Squeezer.__dataclass_fields__))
     if set(t) != want: raise UserError(f"{path}: has {', '.join(sorted(t))}; expected a squeezer's {', '.join(sorted(want))}")
+    if t["W_enc_MF"].ndim != 2 or t["k"].numel() != 1 or {t["k"].dtype, t["features_F"].dtype} != {torch.int64}: raise UserError(f"{path}: W_enc_MF of shape {tuple(t['W_enc_MF'].shape)}, k {t['k'].dtype}, features_F {t['features_F'].dtype}; expected a matrix, one int64 and int64")
     (m, f), s = t["W_enc_MF"].shape, Squeezer(**t | {"k": int(t["k"])})
     if not (s.W_dec_FM.shape == (f, m) and s.b_enc_M.shape == (m,) and s.b_dec_F.shape == s.features_F.shape == (f,) and 0 <= s.k <= m): raise UserError(f"{path}: the shapes of its tensors do not fit {m} neurons and {f} features")
     return s
@@ -163,8 +164,9 @@ class SqueezerConfig:
     "Draws start and batches."
 
     def __post_init__(self):
-        must(self.ratio >= 1, self, "ratio", "1 or more features per neuron")
+        must(self.ratio > 0, self, "ratio", "a positive number of features per neuron")
         must(self.start in ("own", "random"), self, "start", "own or random")
+        must(self.ratio >= 1 or self.start == "random", self, "ratio", "1 or more, so that every neuron has a feature to start with")
         must(0 < self.keep <= 1, self, "keep", "a share above 0, 1 at most")
         must(self.steps >= 1, self, "steps", "1 or more")
         must(self.batch >= 1, self, "batch", "1 or more")

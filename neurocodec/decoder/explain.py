@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['FRACTIONS', 'Case', 'last_logits', 'study', 'cut_cases', 'ordered', 'matched', 'Faith', 'faith', 'draw_values',
            'mean_values', 'over_cases', 'Confidence', 'wilson', 'calibrate', 'ece', 'feature_names', 'train_narrator',
-           'narrate', 'confirmed', 'agreement', 'Explanation', 'to_words', 'explain', 'to_html', 'to_terminal',
-           'verbalise', 'explain_text']
+           'narrated', 'narrate', 'confirmed', 'agreement', 'Explanation', 'to_words', 'tell', 'explain', 'to_html',
+           'to_terminal', 'words_prompt', 'verbalise', 'score_words', 'explain_text']
 
 # %% ../../nbs/24_explain.ipynb #c2420fe6
+import re
 from typing import Any, Callable, NamedTuple
 
 import numpy as np
@@ -143,10 +144,11 @@ def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return max(0., centre - half), min(1., centre + half)
 
 def calibrate(logits_nV: Tensor, next_n: Tensor) -> Confidence:
-    "The temperature of least cross-entropy, among 61 from 1/4 to 4, and the bins under it."
-    grid = torch.logspace(-2, 2, 61, base=2)
-    loss = torch.stack([torch.nn.functional.cross_entropy(logits_nV / t, next_n) for t in grid])
+    "The temperature of least cross-entropy, among 61 from 1/4 to 4, or 1 where it does not lower the error on the last third, held out; and the bins under it."
+    grid, cut = torch.logspace(-2, 2, 61, base=2), max(1, 2 * len(next_n) // 3)
+    loss = torch.stack([torch.nn.functional.cross_entropy(logits_nV[:cut] / t, next_n[:cut]) for t in grid])
     t = float(grid[loss.argmin()])
+    if not ece(logits_nV[cut:], next_n[cut:], t) < ece(logits_nV[cut:], next_n[cut:]): t = 1.
     top = (logits_nV / t).softmax(-1).max(-1)
     b_n, hit_n = (top.values * 10).long().clamp(max=9).cpu(), (top.indices == next_n).cpu()
     return Confidence(t, torch.bincount(b_n[hit_n], minlength=10).tolist(), torch.bincount(b_n, minlength=10).tolist())
@@ -187,10 +189,13 @@ def train_narrator(cases: list[Case], n_features: int, steps: int = 150, lr: flo
     return gate
 
 @torch.no_grad()
+def narrated(gate: Gate, values_k: np.ndarray, features_k: np.ndarray) -> np.ndarray:
+    "Active entries in the order of the explanation decoder's scores, first the most important."
+    return ordered(gate(torch.as_tensor(values_k)[None, None], torch.as_tensor(features_k)[None, None])[0, 0].numpy(), values_k > 0)
+
 def narrate(gate: Gate, values_k: np.ndarray, features_k: np.ndarray, n: int = 5) -> list[int]:
     "The features that the explanation decoder names, first the most important."
-    score_k = gate(torch.as_tensor(values_k)[None, None], torch.as_tensor(features_k)[None, None])[0, 0].numpy()
-    return features_k[ordered(score_k, values_k > 0)[:n]].tolist()
+    return features_k[narrated(gate, values_k, features_k)[:n]].tolist()
 
 def confirmed(case: Case, n: int = 5) -> list[int]:
     "The features of the largest absolute exact effect."
@@ -210,30 +215,34 @@ class Explanation(NamedTuple):
     high: float
     trace: list[tuple[int, str, float, float]] # feature, name, activation, exact effect on the margin in nats; strongest first
     rest: float                                # share of the absolute effects that falls on features not in the trace
-    words: str                                 # the explanation decoder's text
+    words: str                                 # the explanation decoder's text; of an output that it does not know, what ablation found
 
 def to_words(features: list[int], names: list[str], token: str) -> str:
-    "The sentence of the explanation decoder."
+    "The predicted token and the names of these features as a sentence."
     return f"{token!r}, because of: " + "; ".join(dict.fromkeys(names[f] for f in features)) if features else f"{token!r}; no feature is active"
 
-def explain(lm: LM, dictionary: Dictionary, output: Output, layer: int, text: str, names: list[str], confidence: Confidence, narrator: Gate, top: int = 10, skip_bos: bool = True) -> Explanation:
-    "Explain the output's prediction after `text`."
+def tell(lm: LM, output: Output, case: Case, text: str, names: list[str], confidence: Confidence, narrator: Gate | None, top: int = 10) -> Explanation:
+    "A studied case in plain values; its words are the narrator's, or name the largest effects where there is none."
+    logits_V = output(case.pool, case.pool.values_BTk)[0, -1].detach()
+    sure = (logits_V / confidence.temperature).softmax(-1).topk(5)
+    _, low, high = confidence.of(logits_V)
+    order = ordered(np.abs(case.effect_k), case.values_k > 0)
+    trace = [(int(case.features_k[j]), names[case.features_k[j]], float(case.values_k[j]), float(case.effect_k[j])) for j in order[:top]]
+    rest = float(np.abs(case.effect_k[order[top:]]).sum() / max(np.abs(case.effect_k[order]).sum(), 1e-12))
+    named = narrate(narrator, case.values_k, case.features_k) if narrator else confirmed(case)
+    return Explanation(text, [(lm.tokenizer.decode([int(i)]), float(p)) for p, i in zip(*sure)], low, high, trace, rest, to_words(named, names, lm.tokenizer.decode([case.token])))
+
+def explain(lm: LM, dictionary: Dictionary, output: Output, layer: int, text: str, names: list[str], confidence: Confidence, narrator: Gate | None, top: int = 10, skip_bos: bool = True) -> Explanation:
+    "Explain the output's prediction after `text`; a UserError where no feature is read at its end. `narrator` knows this output, or is None."
     tokens = lm.encode([text])[0][:, -lm.max_context:]
     if tokens.shape[1] < 2 or not text: raise UserError("an empty text has no features to explain; give some words")
     packed = Packed(tokens.cpu(), torch.zeros_like(tokens.cpu(), dtype=torch.int32), None)
     pool = read_pool(lm, dictionary, packed, layer, skip_bos)
     if not pool.keep_BT[0, -1]: raise UserError("the text's last token begins a text, where features are not read")
     pool = pool._replace(score_BT=torch.zeros_like(pool.score_BT).index_fill_(1, torch.tensor([tokens.shape[1] - 1], device=tokens.device), True))
-    case = study(output, pool)
-    logits_V = output(pool, pool.values_BTk)[0, -1].detach()
-    sure = (logits_V / confidence.temperature).softmax(-1).topk(5)
-    _, low, high = confidence.of(logits_V)
-    order = ordered(np.abs(case.effect_k), case.values_k > 0)
-    trace = [(int(case.features_k[j]), names[case.features_k[j]], float(case.values_k[j]), float(case.effect_k[j])) for j in order[:top]]
-    rest = float(np.abs(case.effect_k[order[top:]]).sum() / max(np.abs(case.effect_k[order]).sum(), 1e-12))
-    said = to_words(narrate(narrator, case.values_k, case.features_k), names, lm.tokenizer.decode([case.token]))
-    return Explanation(text, [(lm.tokenizer.decode([int(i)]), float(p)) for p, i in zip(*sure)], low, high, trace, rest, said)
+    return tell(lm, output, study(output, pool), text, names, confidence, narrator, top)
 
+# %% ../../nbs/24_explain.ipynb #983c3559
 def to_html(e: Explanation) -> Markup:
     "An HTML fragment; whatever comes from text, tokens or labels is escaped."
     cell = Markup("<td>{}</td>").format
@@ -257,25 +266,43 @@ def to_terminal(e: Explanation):
     return Group(Panel(Text(e.text), title="input"), Panel(Text(said), title="prediction"), table, Text(f"{e.rest:.0%} of the effects on other features"), Panel(Text(e.words), title="in words"))
 
 # %% ../../nbs/24_explain.ipynb #ab99ae4f
-def verbalise(ask: Callable[[str], str], e: Explanation) -> str:
-    "Prose on an explanation by a language model that sees the trace and not the text."
+def words_prompt(e: Explanation) -> str:
+    "The prompt that asks for prose: the trace, and neither the text nor the prediction."
     lines = "\n".join(f"- {name!r}: effect {x:+.2f} nats" for _, name, _, x in e.trace)
-    said = ask(f"A language model predicted the next token. These features of its activations mattered most; a positive effect speaks for the predicted token:\n{lines}\n"
-               "In one sentence and from these features only: what did the model go by? Then name the token you expect.")
+    return (f"A language model predicted the next token. These features of its activations mattered most; a positive effect speaks for the predicted token:\n{lines}\n"
+            "In one sentence and from these features only: what did the model go by? Then name the token you expect.")
+
+def verbalise(ask: Callable[[str], str], e: Explanation) -> str:
+    "Prose on an explanation by a language model; a UserError where it gives none."
+    said = ask(words_prompt(e))
     if not isinstance(said, str) or not said.strip(): raise UserError("the labeller gave no text; try again, or another labeller")
     return said.strip()
 
+def score_words(ask: Callable[[list[str]], list[str | None]], told: list[Explanation], prose: list[str | None], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    "((n,) by the case's own prose, (n,) by that of the case before it): 1 where a reader of the prose alone picks the predicted token of five; no number is a wrong one."
+    rng, prompts, right = np.random.default_rng(seed), [], []
+    for i, e in enumerate(told):
+        order = rng.permutation(len(e.choices))
+        tokens = "\n".join(f"{k}: {e.choices[j][0]!r}" for k, j in enumerate(order, 1))
+        right += [int(order.argmin()) + 1] * 2   # choices begin with the predicted token
+        prompts += [f"An explanation of what a language model went by when it predicted the next token:\n{' '.join((text or '').split())}\n\n"
+                    f"Which of these tokens did it predict? Answer with its number and nothing else.\n{tokens}" for text in (prose[i], prose[i - 1])]
+    number = [re.search(r"\d+", said or "") for said in ask(prompts)]
+    hits = np.array([n is not None and n[0] == str(r) for n, r in zip(number, right)], float)
+    return hits[::2], hits[1::2]
+
 # %% ../../nbs/24_explain.ipynb #f1521040
 def explain_text(text: str, run: str, layer: int, which: str = "model", top: int = 10) -> Explanation:
-    "Explain a text by a finished run's layer; `which` is `model` or the name of one of chapter 20's decoders."
+    "Explain a text by a finished run's layer; `which` is `model` or the decoder that the run explained, a UserError otherwise."
     def folder(chapter): return Folder(results() / run / f"L{layer}" / chapter, f"neurocodec run params/{run}.yaml --until {chapter}")
     home, trained = folder("24_explain"), folder("13_train")
     params = home.manifest["params"]
+    if which not in ("model", own := params["decoder_name"]): raise UserError(f"--of {which}: this run explained model and {own}")
     lm = LM.load(params["model"], seed=params["seed"])
     dictionary = read_dictionary(trained).to(lm.device)
     about = home.json("explain.json")
     kind = "model" if which == "model" else "decoder"
     output = model_output(lm, dictionary, layer) if which == "model" else decoder_output(load_decoder(folder("20_decoder"), which, lm.device))
-    narrator = Gate(dictionary.n_features)
-    narrator.load_state_dict(home.tensors("narrator.safetensors"))
+    narrator = Gate(dictionary.n_features) if which == "model" else None   # it learnt what matters to the model
+    if narrator: narrator.load_state_dict(home.tensors("narrator.safetensors"))
     return explain(lm, dictionary, output, layer, text, home.json("names.json"), Confidence(**about["confidence"][kind]), narrator, top, about["skip_bos"])

@@ -726,22 +726,24 @@ def _kept(path: Path) -> Reply | None:
 class Server:
     "An OpenAI-compatible server, `POST {base_url}/chat/completions`; the key comes from OPENAI_API_KEY and goes nowhere else."
     def __init__(self, model: str, base_url: str, price_in: float = 0, price_out: float = 0, budget: float = 0, max_tokens: int = 4096,
-                 timeout: float = 120, tries: int = 6, wait: float = 1., workers: int = 4):
+                 timeout: float = 900, tries: int = 6, wait: float = 1., workers: int = 4):
         import httpx  # imported here, since the default labeller asks nobody
-        url, key = urlsplit(base_url), os.environ.get("OPENAI_API_KEY", "")
+        key, url = os.environ.get("OPENAI_API_KEY", "").strip(), _address(base_url)
+        if not re.fullmatch(r"[!-~]*", key): raise UserError("OPENAI_API_KEY holds characters that no key has; expected letters, digits and signs without spaces")  # httpx would quote it in its error
         if url.scheme not in ("http", "https") or not url.hostname: raise UserError(f"base_url = {base_url!r}: expected http://HOST/v1 or https://HOST/v1")
         if url.username or url.password or url.query: raise UserError("base_url holds a secret or a query, which would be written into manifests; the key belongs into OPENAI_API_KEY")
         if key and url.scheme == "http" and not _loopback(url.hostname): raise UserError(f"base_url = {base_url!r}: the key would travel unencrypted; use https, or unset OPENAI_API_KEY")
         self.name, self.workers, self.model, self.max_tokens = f"server:{model} at {base_url.rstrip('/')}, {max_tokens} tokens", workers, model, max_tokens
         self.prices, self.budget, self.tries, self.wait, self.not_before = (price_in, price_out), budget, tries, wait, 0.
-        self.client = httpx.Client(base_url=base_url.rstrip("/") + "/", timeout=timeout, headers={"Authorization": f"Bearer {key}"} if key else {})
-        self.errors = httpx.HTTPError
+        self.client = httpx.Client(base_url=base_url.rstrip("/") + "/", timeout=httpx.Timeout(timeout, connect=10), headers={"Authorization": f"Bearer {key}"} if key else {})
+        self.timeout, self.late, self.errors = timeout, httpx.ReadTimeout, httpx.HTTPError
 
     def announce(self, prompts: list[str]) -> None:
         "Say what is about to be asked and what it may cost; a UserError above the budget."
         tokens = [sum(len(p) for p in prompts) // 3, len(prompts) * self.max_tokens]  # three characters a token is on the safe side
         dollars = sum(n * price for n, price in zip(tokens, self.prices)) / 1e6
-        print(f"{self.name.partition(',')[0]}: {len(prompts)} prompts, about {tokens[0]:,} tokens, and at most {tokens[1]:,} in reply: at most {dollars:.2f} dollars by price_in and price_out", flush=True)
+        price = f"at most {dollars:.2f} dollars by price_in and price_out" if any(self.prices) else "no price given (price_in, price_out)"
+        print(f"{self.name.partition(',')[0]}: {len(prompts)} prompts, about {tokens[0]:,} tokens, and at most {tokens[1]:,} in reply: {price}", flush=True)
         if self.budget and dollars > self.budget: raise UserError(f"{len(prompts)} prompts may cost {dollars:.2f} dollars, above the budget of {self.budget:g}; raise `budget`, or ask for fewer with `judged`")
 
     def send(self, prompt: str) -> Reply:
@@ -752,6 +754,7 @@ class Server:
             time.sleep(max(0., self.not_before - time.monotonic()))
             pause = min(60., self.wait * 2**attempt)
             try: r = self.client.post("chat/completions", json=body, headers=headers)
+            except self.late: return Reply(None, f"no answer within {self.timeout:g} s; ask for fewer with per_prompt")  # it may be paid for
             except self.errors as e: failure = f"{type(e).__name__}: {e}"[:200]
             else:
                 if r.status_code == 200: return _content(r)
@@ -764,6 +767,15 @@ class Server:
         return Reply(None, f"{failure}, {self.tries} times")
 
 # %% ../../nbs/23_labels.ipynb #8e747ca9
+def _address(url: str):
+    "The parts of an address; a UserError where it cannot be one."
+    import httpx
+    try:
+        parts = urlsplit(url)
+        parts.port, httpx.URL(url)  # both find what urlsplit lets pass
+    except (ValueError, httpx.InvalidURL) as e: raise UserError(f"base_url = {url!r}: {e}; expected http://HOST/v1 or https://HOST/v1") from None
+    return parts
+
 def _loopback(host: str) -> bool:
     with contextlib.suppress(ValueError): return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
@@ -779,7 +791,9 @@ def _content(r) -> Reply:
     "The text of an answer; one that is not of the protocol was charged for all the same, so it is kept, as an empty reply."
     try:
         choice = r.json()["choices"][0]
-        return Reply(str(choice["message"]["content"] or ""), cut=choice.get("finish_reason") == "length")
+        content = choice["message"]["content"] or ""
+        if isinstance(content, list): content = "".join(p.get("text") or "" for p in content)  # some servers send it in parts
+        return Reply(str(content), cut=choice.get("finish_reason") == "length")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError): return Reply("")
 
 # %% ../../nbs/23_labels.ipynb #fffd1059
@@ -806,10 +820,10 @@ class Local:
         return Reply(t.decode(out, skip_special_tokens=True), cut=len(out) == min(room, self.max_tokens))
 
 # %% ../../nbs/23_labels.ipynb #769286d7
-def make_chat(spec: str, max_tokens: int, base_url: str, price_in: float = 0, price_out: float = 0, budget: float = 0) -> Chat:
-    "The chat model that a knob names; its replies may have `max_tokens`."
+def make_chat(spec: str, max_tokens: int, base_url: str, price_in: float = 0, price_out: float = 0, budget: float = 0, tries: int = 6) -> Chat:
+    "The chat model that a knob names; its replies may have `max_tokens`, and a server is asked up to `tries` times."
     kind, _, name = spec.partition(":")
-    if kind == "server" and name: return Server(name, base_url, price_in, price_out, budget, max_tokens)
+    if kind == "server" and name: return Server(name, base_url, price_in, price_out, budget, max_tokens, tries=tries)
     if kind == "local" and name: return Local(name, max_tokens)
     raise UserError(f"{spec!r} is none of `symbolic`, `server:MODEL` and `local:MODEL`")
 
@@ -851,10 +865,10 @@ def chat_labels(chat: Chat, features: np.ndarray, c: dict[str, np.ndarray], text
     "feature → (label or None, why there is none)."
     if not 1 <= per_prompt <= 100: raise UserError(f"per_prompt = {per_prompt}: expected 1 to 100")
     parts = [features[i:i + per_prompt].tolist() for i in range(0, len(features), per_prompt)]
-    out = {}
+    out, silent = {}, f"no line for it in the reply, which is kept in {short_path(answers_folder() if folder is None else folder)}"
     for part, reply in zip(parts, ask(chat, [label_prompt(p, c, texts) for p in parts], folder, "labels")):
         found = answers(reply, part)
-        out |= {f: (found[f], "") if f in found else (None, reply.failure or "no line for it in the reply") for f in part}
+        out |= {f: (found[f], "") if f in found else (None, reply.failure or silent) for f in part}
     return out
 
 # %% ../../nbs/23_labels.ipynb #79a19d88
@@ -928,8 +942,9 @@ class Label(NamedTuple):
     labeller: str               # `symbolic`, `server:MODEL`, `local:MODEL` or `human`
     detection: float | None     # balanced accuracy over windows of other documents
     fuzzing: float | None       # balanced accuracy over right and wrong marks
-    null_detection: float | None  # the bar: 95 % quantile of deranged labels in the feature's group
+    null_detection: float | None  # mean over the deranged labels that this feature was given
     null_fuzzing: float | None  # of one deranged label
+    bar: float | None           # what detection has to beat: 95 % quantile of deranged labels in the feature's group
     n: int                      # windows behind the detection score
     confident: bool             # the detection score is above the bar
     failure: str                # why there is no label or no score; empty where there are both
@@ -939,12 +954,12 @@ def _number(x) -> float | None: return None if x is None or not np.isfinite(x) e
 def make_labels(text_of: Callable[[int], tuple[str | None, str]], labeller: str, s: Scores, F: int) -> list[Label]:
     "Labels of all features with their scores; those nobody scored have nulls."
     d = s.detection()
-    sure_F, bar_F = confident(d, s.groups)
+    (sure_F, bar_F), null_F = confident(d, s.groups), d[1:].mean(0)
     n_F, out = (s.tallies.on_DF + s.tallies.off_DF).sum(0), []
     for f in range(F):
         label, failure = text_of(f)
         if label and not failure and not np.isfinite(d[0, f]): failure = "active in all scored windows" if n_F[f] else "not scored: not active there, or not drawn for the judge"
-        numbers = (d[0, f], s.fuzzing_LF[0, f], bar_F[f], s.fuzzing_LF[1, f]) if label else (None, None, bar_F[f], None)
+        numbers = (d[0, f], s.fuzzing_LF[0, f], null_F[f], s.fuzzing_LF[1, f], bar_F[f]) if label else (None, None, null_F[f], None, bar_F[f])
         out.append(Label(f, label, labeller, *map(_number, numbers), int(n_F[f]), bool(label and sure_F[f]), failure))
     return out
 
@@ -1025,7 +1040,7 @@ def review_widget(labels: list[Label], c: dict[str, np.ndarray], texts: list[str
         x = labels[at["i"]]
         slots = np.flatnonzero(c["tokens_FCW"][x.feature, :, 0] >= 0)[:8]
         lines = [html.escape(marked(texts, c["tokens_FCW"][x.feature, s], c["acts_FCW"][x.feature, s] > 0)).replace("&lt;&lt;", "<b>").replace("&gt;&gt;", "</b>") for s in slots]
-        head.value = f"feature {x.feature}: {html.escape(decided.get(x.feature, ('undecided', ''))[0])}; {len(decided)} of {len(labels)} decided, detection {x.detection}, bar {x.null_detection}"
+        head.value = f"feature {x.feature}: {html.escape(decided.get(x.feature, ('undecided', ''))[0])}; {len(decided)} of {len(labels)} decided, detection {x.detection}, deranged {x.null_detection}, bar {x.bar}"
         page.value, field.value = "<br>".join(lines), decided.get(x.feature, ("", ""))[1] or x.label or ""
 
     def click(button):

@@ -14,6 +14,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import t as student
 from torch import Tensor
 
 from ..core.run import Estimate, UserError, progress
@@ -213,7 +214,7 @@ def extremes(table: pd.DataFrame, n: int, sd: str = "std_dev") -> dict[str, pd.D
 
 # %% ../../nbs/43_neurons.ipynb #04cbdd62
 def left_one_out(f: Callable[[int | None], float], groups: int) -> Estimate:
-    "f(None) with the interval from f(0), f(1), …, each without one group (delete-a-group jackknife)."
+    "f(None) with the interval from f(0), f(1), …, each without one group (delete-a-group jackknife, Student's t with groups − 1 degrees of freedom)."
     value, out = f(None), np.array([f(g) for g in range(groups)])
-    half = 1.96 * float(np.sqrt((groups - 1) / groups * np.square(out - out.mean()).sum()))
+    half = student.ppf(.975, groups - 1) * float(np.sqrt((groups - 1) / groups * np.square(out - out.mean()).sum()))
     return Estimate(value, value - half, value + half, groups)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Basis', 'one_hot', 'means', 'contrasts', 'random_basis', 'save_basis', 'read_basis', 'Planes', 'planes', 'axes',
-           'Polar', 'project', 'Cone', 'cone', 'Sweep', 'spotlight', 'brute_force', 'rotate', 'cone_chance',
-           'rho_chance', 'rho_quantile', 'permuted_basis', 'Grey', 'grey', 'Reading', 'reading', 'Shift', 'compare',
-           'Back', 'back_project', 'compass', 'overlay']
+           'Polar', 'project', 'Cone', 'cone', 'Sweep', 'spotlight', 'brute_force', 'srm_table', 'rotate',
+           'cone_chance', 'rho_chance', 'rho_quantile', 'permuted_basis', 'Grey', 'grey', 'Reading', 'reading', 'Shift',
+           'compare', 'Back', 'back_project', 'compass', 'overlay']
 
 # %% ../../nbs/41_planes.ipynb #55f0a1f8
 import hashlib, itertools, json, zipfile
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, Sequence
 
 import numpy as np
+import pandas as pd
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -39,6 +40,7 @@ class Basis:
     "How they were made."
 
     def __post_init__(self):
+        if np.iscomplexobj(self.vectors_MD) or np.iscomplexobj(self.centre_D): raise UserError("basis: directions are complex; expected real numbers")
         v = np.array(self.vectors_MD, dtype=np.float64)
         if v.ndim != 2 or len(v) < 2 or v.shape[1] < 3: raise UserError(f"basis: directions of shape {v.shape}; expected two or more, of three coordinates or more")
         if len(self.names) != len(v): raise UserError(f"basis: {len(self.names)} names for {len(v)} directions")
@@ -159,14 +161,18 @@ class Polar(NamedTuple):
     rho_PN: np.ndarray  # share of each unit vector's length that lies in each plane, 0 to 1
     psi_PN: np.ndarray  # angle there, radians from the first direction towards the second
 
-def project(x_ND, p: Planes) -> Polar:
-    "Centre as the basis says, normalise, project."
+def project(x_ND, p: Planes, hook: str = "") -> Polar:
+    "Centre as the basis says, normalise, project; vectors whose `hook` is named are refused by a basis of another."
+    if hook and p.basis.hook and hook != p.basis.hook: raise UserError(f"planes: vectors of {hook} in a basis of {p.basis.hook}; expected one hook point")
     x_ND = np.asarray(x_ND, float)
     if x_ND.ndim != 2 or x_ND.shape[1] != p.basis.vectors_MD.shape[1]: raise UserError(f"planes: data of shape {x_ND.shape}, the basis ({p.basis.hook or 'no hook point'}) has {p.basis.vectors_MD.shape[1]} coordinates")
     if not np.isfinite(x_ND).all(): raise UserError("planes: the data has values that are not finite")
-    cos_MN = _unit(p.basis.vectors_MD) @ _unit(x_ND if p.basis.centre_D is None else x_ND - p.basis.centre_D).T
+    unit_MD = _unit(p.basis.vectors_MD)
+    cos_MN = unit_MD @ _unit(x_ND if p.basis.centre_D is None else x_ND - p.basis.centre_D).T
+    first, second = (unit_MD[p.pair_P2[:, k]] for k in (0, 1))
+    sin_P = np.linalg.norm(first - second, axis=1) * np.linalg.norm(first + second, axis=1) / 2  # √(1 − c²) would cancel where they are nearly collinear
     a = cos_MN[p.pair_P2[:, 0]]
-    b = (cos_MN[p.pair_P2[:, 1]] - p.cos_P[:, None] * a) / np.sqrt(1 - p.cos_P[:, None] ** 2)
+    b = (cos_MN[p.pair_P2[:, 1]] - p.cos_P[:, None] * a) / sin_P[:, None]
     return Polar(np.hypot(a, b), np.arctan2(b, a))
 
 # %% ../../nbs/41_planes.ipynb #67a35970
@@ -233,6 +239,18 @@ def brute_force(x_ND: np.ndarray, first_D: np.ndarray, second_D: np.ndarray, the
     def probe(t): return ((vector_DD * np.exp(t * turn_D)) @ vector_DD.conj().T).real @ first_D
     return np.stack([_unit(x_ND) @ probe(t) for t in theta_K])
 
+# %% ../../nbs/41_planes.ipynb #de185118
+def srm_table(x_ND, p: Planes, thresholds: Sequence[float] = (.1, .3, .5, .7, .9), n_angles: int = 72, signed: bool = False, hook: str = "") -> pd.DataFrame:
+    "The suite's columns by angle, degrees from the first direction towards the second: mean cosine with the probe, and how many vectors are inside each cone; means over the planes where there are several."
+    theta_K, (rho_PN, psi_PN) = np.arange(n_angles) * 2 * np.pi / n_angles, project(x_ND, p, hook)
+    grey_P1 = (rho_PN * np.exp(1j * psi_PN)).mean(1, keepdims=True)
+    out = {"angle_deg": np.arange(n_angles) * 360 / n_angles, "mean_similarity": (grey_P1.conj() * np.exp(1j * theta_K)).real.mean(0)}
+    for t in thresholds:
+        ahead_PK, behind_PK = (np.array([cone(rho_N, psi_N + turn, t).at(theta_K) for rho_N, psi_N in zip(rho_PN, psi_PN)]) for turn in (0, np.pi))
+        out[f"count_thresh_{t}"] = ahead_PK.mean(0)
+        if signed: out[f"signed_count_thresh_{t}"] = (ahead_PK - behind_PK).mean(0)
+    return pd.DataFrame(out | ({"planes_averaged": len(rho_PN)} if len(rho_PN) > 1 else {}))
+
 # %% ../../nbs/41_planes.ipynb #363694ce
 def rotate(x_ND: np.ndarray, u1_D: np.ndarray, u2_D: np.ndarray, theta: float) -> np.ndarray:
     "Turn vectors by `theta` in the plane of two orthonormal axes, from the first towards the second; what is outside the plane stays."
@@ -278,6 +296,7 @@ def _by_cluster(value_NC: np.ndarray, cluster_N) -> np.ndarray:
 
 def grey(rho_N: np.ndarray, psi_N: np.ndarray, cluster_N=None, n_boot: int = 1000, seed: int = 0) -> Grey:
     "The Grey Vector of one plane; `cluster_N` says which vectors are resampled together, each its own where it is None."
+    if not len(rho_N): raise UserError("planes: no vectors, and so no Grey Vector")
     sums = _by_cluster(np.stack([rho_N * np.cos(psi_N), rho_N * np.sin(psi_N), rho_N, np.ones(len(rho_N))], 1), np.arange(len(rho_N)) if cluster_N is None else cluster_N)
     x, y, rho, n = np.concatenate([K @ sums for K in document_draws(len(sums), n_boot if len(sums) > 1 else 0, seed)]).T
     length, angle = np.hypot(x, y), np.arctan2(y, x)
@@ -293,11 +312,11 @@ class Reading(NamedTuple):
     keys: list[str]       # one per vector; runs are joined on them
     polar: Polar
 
-def reading(x_ND, p: Planes, keys: Sequence) -> Reading:
-    "Project a run's vectors and note what they are."
+def reading(x_ND, p: Planes, keys: Sequence, hook: str = "") -> Reading:
+    "Project a run's vectors and note what they are; `hook` is where they were read."
     if len(set(map(str, keys))) != len(x_ND): raise UserError(f"planes: {len(set(map(str, keys)))} different keys for {len(x_ND)} vectors")
     x = np.ascontiguousarray(np.asarray(x_ND, float))
-    return Reading(p.basis.digest, p.pair_P2, hashlib.sha256(x.tobytes()).hexdigest()[:16], list(map(str, keys)), project(x, p))
+    return Reading(p.basis.digest, p.pair_P2, hashlib.sha256(x.tobytes()).hexdigest()[:16], list(map(str, keys)), project(x, p, hook))
 
 class Shift(NamedTuple):
     "How the Grey Vector moves from one run to another, in one plane."

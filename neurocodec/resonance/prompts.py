@@ -68,8 +68,8 @@ def _read_grammar(path: Path, text: str) -> pd.DataFrame:
             if not m[2]: raise _bad(path, n, f"{line!r}: expected `[LEVEL n]`")
             level = _whole(path, n, "level", m[1])
         elif m := re.match(r"([A-Za-z_]+)\s*:\s*(.*)", line):
-            if level is None: raise _bad(path, n, f"{line[:40]!r} stands before any [LEVEL n] of {core}")
-            rows.append((n, {"core_id": core, "type": m[1].lower(), "level": str(level), "prompt": m[2]}))
+            if level is None: ignored.append([n, line])
+            else: rows.append((n, {"core_id": core, "type": m[1].lower(), "level": str(level), "prompt": m[2]}))
         else: ignored.append([n, line])
     if not rows: raise _bad(path, ignored[0][0] if ignored else 1, "no prompts in it; expected `>> CORE_ID: name`, `[LEVEL 1]` and lines such as `declarative: text`")
     table = _table(path, rows)
@@ -290,6 +290,7 @@ def interventions(
     keep_BM, add_BPM = torch.ones(B, size), torch.zeros(B, P, size)
     for r, v in enumerate(values):
         if v is None: continue
+        v = float(v)  # NumPy's numbers cannot be written into tensors
         if isinstance(clamp.at, Tensor): add_BPM[r, 0] = v * sd * clamp.at.flatten().cpu()
         elif clamp.mode == "add": add_BPM[r, 0, clamp.at] = v * sd
         elif clamp.mode == "scale": keep_BM[r, clamp.at] = v
@@ -429,7 +430,7 @@ def fingerprint(lm: LM) -> str:
 def capture_key(lm: LM, prompts: pd.DataFrame, config: CaptureConfig, clamp: Clamp | None, values: Sequence[float | None]) -> str:
     "16 hex digits over everything a capture depends on."
     c = None if clamp is None else {k: v.tolist() if isinstance(v, Tensor) else v for k, v in clamp.__dict__.items()}
-    text = json.dumps([fingerprint(lm), prompts.astype(str).values.tolist(), asdict(config), c, list(values)])
+    text = json.dumps([fingerprint(lm), prompts.astype(str).values.tolist(), asdict(config), c, list(values)], default=lambda v: v.item())  # NumPy's numbers
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 def _part(lm: LM, prompts: pd.DataFrame, first: int, config: CaptureConfig, clamp: Clamp | None, values: Sequence[float | None]) -> tuple[dict[str, Tensor], list[str]]:
@@ -498,6 +499,7 @@ def capture(
 ) -> Capture:
     "Capture every prompt under every value, resuming what an interrupted call of the same settings left."
     lm.check_hooks(config.hooks + (() if clamp is None else (clamp.hook,)))
+    if not len(values): raise UserError("capture: no values; (None,) is the unclamped run")
     if clamp is None and any(v is not None for v in values): raise UserError(f"capture: values {list(values)} and no clamp that takes them")
     folder, key, size = Path(folder), capture_key(lm, prompts, config, clamp, values), max(1, config.batch // len(values))
     items, parts = [], []
@@ -510,6 +512,6 @@ def capture(
         rows = [row | {"sweep": v} for row in some.to_dict("records") for v in values]
         items, parts = items + [r | {"text": t} for r, t in zip(rows, texts, strict=True)], [*parts, path.name]
     about = {"key": key, "model": lm.name, "hooks": list(config.hooks), "config": asdict(config), "values": list(values), "parts": parts, "items": items,
-             "clamp": None if clamp is None else {"hook": clamp.hook, "at": clamp.at if isinstance(clamp.at, int) else "direction", "mode": clamp.mode, "where": clamp.where, "unit": clamp.unit}}
+             "clamp": None if clamp is None else {"hook": clamp.hook, "at": "direction" if isinstance(clamp.at, Tensor) else clamp.at, "mode": clamp.mode, "where": clamp.where, "unit": clamp.unit}}
     write_json(folder / "capture.json", about)
     return Capture(folder)

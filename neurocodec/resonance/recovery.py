@@ -40,21 +40,23 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     reader, begins, ending = csv.reader(lines, delimiter="\t"), 1, ""
     try:
         for row in reader:
-            if "".join(lines[begins - 1 : reader.line_num]).count('"') % 2: raise UserError(f"{short_path(path)}:{begins}: a quotation mark without its partner")
+            raw = "".join(lines[begins - 1 : reader.line_num])
+            if raw.count('"') % 2 and re.search(r'(?:^|\t)"', raw): raise UserError(f"{short_path(path)}:{begins}: a quotation mark without its partner")
             if begins == 1 and row and row[-1].endswith(stand_in): ending = stand_in  # the first line says how lines end
             if row and row != [ending]: yield begins, [f.replace(stand_in, "\r") for f in [*row[:-1], row[-1].removesuffix(ending)]]
             begins = reader.line_num + 1
     except csv.Error as e: raise UserError(f"{short_path(path)}:{begins}: {e}") from None
 
 def _checked(path: Path, line: int, row: dict[str, str]) -> dict[str, str]:
-    "A row whose identity can be read."
+    "A row whose identity can be read; whole levels are written one way, so that `01` is `1`."
     for k in PROMPT:
         if not row[k].strip(): raise UserError(f"{short_path(path)}:{line}: {k} is empty")
     value = row["sweep"].strip()
     try: ok = value == BASELINE or math.isfinite(float(value))
     except ValueError: ok = False
-    if not ok: raise UserError(f"{short_path(path)}:{line}: sweep {value!r}: expected a number or `{BASELINE}`")
-    return row | {"sweep": value}
+    if not ok: raise UserError(f"{short_path(path)}:{line}: sweep {value!r}: expected a number or `{BASELINE}`, which marks the unclamped text")
+    level = row["level"].strip()
+    return row | {"sweep": value, "level": str(int(level)) if re.fullmatch(r"[+-]?\d{1,9}", level) else level}
 
 def read_outputs(path: str | Path) -> pd.DataFrame:
     "Outputs of a sweep in the original's TSV format: the columns `COLUMNS` as text (level as whole numbers where all are), others left out."
@@ -143,7 +145,7 @@ def curve(judged: pd.DataFrame) -> pd.DataFrame:
             o = outcome(base.loc[t.index, flag], t[flag])
             mine.append({"rule": rule, "sweep": value, "prompts": len(t), "stayed": o.stayed, "recovered": o.recovered, "harmed": o.harmed, "well": o.well,
                          **{f"{k}{end}": getattr(e, part) for k, e in (("recovery", o.recovery), ("harm", o.harm)) for end, part in (("", "value"), (".low", "low"), (".high", "high"))},
-                         "recovered_without_loop": int(t.improves_without_loop.sum()), "p": o.p, "same_text": float(t.same_as_baseline.mean()), "token_entropy": t.token_entropy.mean()})
+                         "recovered_without_loop": o.recovered if flag == "is_looping" else int(t.improves_without_loop.sum()), "p": o.p, "same_text": float(t.same_as_baseline.mean()), "token_entropy": t.token_entropy.mean()})
         fixed = holm({r["sweep"]: r["p"] for r in mine})
         rows += [r | {"p_holm": fixed[r["sweep"]]} for r in mine]
     return pd.DataFrame(rows)
@@ -186,7 +188,9 @@ def report(tsv: str | Path, folder: str | Path = "") -> tuple[pd.DataFrame, list
     judged, stem = judge(read_outputs(tsv)), Path(folder or tsv.parent) / tsv.stem
     files = [stem.with_name(stem.name + end) for end in ("_metrics.csv", "_improvement_report.md", "_recovery.csv")]
     for path, text in zip(files, (judged[ORIGINAL + OURS].to_csv(index=False), improvement_report(judged, tsv.name), curve(judged).to_csv(index=False))):
-        with atomic(path) as part: part.write_bytes(text.encode("utf8", "surrogatepass"))
+        try:
+            with atomic(path) as part: part.write_bytes(text.encode("utf8", "surrogatepass"))
+        except OSError as e: raise UserError(f"{short_path(path.parent)}: the report cannot be written there ({(e.strerror or str(e)).lower()}); name another folder with --out") from None
     return judged, files
 
 # %% ../../nbs/44_recovery.ipynb #b13771b9

@@ -46,10 +46,11 @@ class Poked(NamedTuple):
     prompts: pd.DataFrame
     vectors: dict[tuple, np.ndarray]  # (clamp's name, value), and CLEAN → (N, D) float64 at the hook point that is read
     behind: dict[tuple, np.ndarray]   # the same in the stream right behind the clamped block
+    hook: str = ""                    # hook point of `vectors`
 
     def only(self, keep_N) -> "Poked":
         "Some of the prompts."
-        return Poked(self.prompts[keep_N], *({k: v[keep_N] for k, v in part.items()} for part in self[1:]))
+        return Poked(self.prompts[keep_N], *({k: v[keep_N] for k, v in part.items()} for part in (self.vectors, self.behind)), self.hook)
 
 def poke(
     folder: str | Path, lm: LM, prompts: pd.DataFrame,
@@ -64,7 +65,7 @@ def poke(
     if len(at) != 1: raise UserError(f"schemas: clamps in blocks {sorted(at)}; expected one block")
     at = at.pop()
     if layer_of(hook) <= at: raise UserError(f"schemas: a clamp in block {at} read at {hook} shows what was put in; read after a later block, such as blocks.{at + 1}.hook_resid_post")
-    behind, out = f"blocks.{at}.hook_resid_post", Poked(prompts, {}, {})
+    behind, out = f"blocks.{at}.hook_resid_post", Poked(prompts, {}, {}, hook)
     for n, (name, clamp) in enumerate(progress(clamps.items(), desc="poke")):
         sweep = (*values,) if out.vectors else (None, *values)
         got = capture(Path(folder) / f"{n}", lm, prompts, CaptureConfig((behind, hook)), clamp, sweep)
@@ -87,11 +88,11 @@ def _hat(x_ND: np.ndarray, p: Planes) -> np.ndarray:
 def shifts(x: Poked, p: Planes, state: tuple, n_boot: int = 0, seed: int = 0) -> list[Shift]:
     "From the unclamped prompts to a state's, a Shift per plane, by core."
     keys = [f"{i}" for i in range(len(x.prompts))]
-    return compare(*(reading(x.vectors[k], p, keys) for k in (CLEAN, state)), dict(zip(keys, x.prompts.core_id)), n_boot, seed=seed)
+    return compare(*(reading(x.vectors[k], p, keys, x.hook) for k in (CLEAN, state)), dict(zip(keys, x.prompts.core_id)), n_boot, seed=seed)
 
 def state(x: Poked, p: Planes, at: tuple, control: Planes, n_boot: int = 1000, seed: int = 0) -> dict:
     "A clamp state seen in the first plane of `p`."
-    polar = project(x.vectors[at], p)
+    polar = project(x.vectors[at], p, x.hook)
     g, d = grey(polar.rho_PN[0], polar.psi_PN[0], x.prompts.core_id, n_boot, seed), shifts(x, p, at, n_boot, seed)[0]
     along = (_hat(x.vectors[at], p) - _hat(x.vectors[CLEAN], p)).mean(0) @ contrast_axis(p)[0]
     other = float(np.median([s.length.value for s in shifts(x, control, at)]))
@@ -116,14 +117,14 @@ def by_type(x: Poked, p: Planes, at: tuple, n_boot: int = 1000, seed: int = 0) -
     rows = []
     for kind in x.prompts.type.unique():
         some = x.only((x.prompts.type == kind).to_numpy())
-        (before, after), d = ([grey(*(v[0] for v in project(some.vectors[k], p)), some.prompts.core_id, n_boot, seed) for k in (CLEAN, at)], shifts(some, p, at, n_boot, seed)[0])
+        (before, after), d = ([grey(*(v[0] for v in project(some.vectors[k], p, x.hook)), some.prompts.core_id, n_boot, seed) for k in (CLEAN, at)], shifts(some, p, at, n_boot, seed)[0])
         rows.append({"type": kind, "angle, unclamped": before.theta, "angle, clamped": after.theta, "shift": d.length, "turn": d.dtheta, "p": d.p})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/42_schemas.ipynb #5bc01b15
 def schema_04(x: Poked, p: Planes, at: tuple) -> pd.DataFrame:
     "Every prompt's displacement in the first plane, the longest first."
-    (r0, s0), (r1, s1) = ((v.rho_PN[0], v.psi_PN[0]) for v in (project(x.vectors[k], p) for k in (CLEAN, at)))
+    (r0, s0), (r1, s1) = ((v.rho_PN[0], v.psi_PN[0]) for v in (project(x.vectors[k], p, x.hook) for k in (CLEAN, at)))
     z0, z1 = r0 * np.exp(1j * s0), r1 * np.exp(1j * s1)
     size_N = np.linalg.norm(_hat(x.vectors[at], p) - _hat(x.vectors[CLEAN], p), axis=1)
     read, behind = x.vectors[at] - x.vectors[CLEAN], x.behind[at] - x.behind[CLEAN]

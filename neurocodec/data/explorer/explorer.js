@@ -87,7 +87,7 @@
   const FILTERS = {
     all: { name: "all features", test: () => true },
     confident: { name: "labelled with confidence", needs: "confident", test: (i, t) => t.confident[i] === 1 },
-    unsure: { name: "label not above its null", needs: "confident", test: (i, t) => t.confident[i] === 0 },
+    unsure: { name: "label not above its bar", needs: "confident", test: (i, t) => t.confident[i] === 0 },
     bare: { name: "without a label", needs: "label", test: (i, t) => !t.label[i] },
     plain: { name: "without a warning", test: (i, t) => !t.flags[i].length },
     ...Object.fromEntries(Object.entries(FLAGS).map(([k, name]) => [k, { name: `warning: ${name}`, test: (i, t) => t.flags[i].includes(k) }])),
@@ -122,7 +122,7 @@
       el("span", { class: "what" },
         el("span", { class: label ? "label" : "label words", dir: "auto" }, visible(name) || "silent"),
         el("span", { class: "words" }, label ? t.words[i].map(quoted).join("  ") : "", t.flags[i].map((f) => el("i", { class: "flag" }, FLAGS[f])))),
-      el("span", { class: "score", title: t.detection ? "detection: balanced accuracy of the label, and of a deranged label" : "share of positions where it is active" },
+      el("span", { class: "score", title: t.detection ? "detection: balanced accuracy of the label, and of the deranged labels that this feature was given" : "share of positions where it is active" },
         score ? [el("b", {}, score), el("span", {}, ` / ${nothing || "—"}`)] : el("span", {}, t.detection ? "—" : percent(t.count[i], view.index.seen))));
   };
   const rows = () => {
@@ -141,22 +141,22 @@
     return el("a", { class: "name", href: `#${view.tab}/${feature}` }, el("span", { class: "id" }, `${feature}`), " ", el("bdi", {}, visible((t.label && t.label[i]) || t.words[i].map(quoted).join(" ")) || "silent"));
   };
 
-  // value and null on one axis from guessing (0.5) to always right; grey is the deranged label
-  const scale = (name, value, nothing) => {
+  // value and null on one axis from guessing (0.5) to always right; grey is the deranged label, the stroke the bar that 95 % of those of its group stay below
+  const scale = (name, value, nothing, bar) => {
     const at = (v) => 8 + 184 * (Math.max(.3, Math.min(1, v)) - .3) / .7;
     return el("div", { class: "scale" }, el("span", { class: "key" }, name),
-      svg("svg", { viewBox: "0 0 200 22", role: "img", "aria-label": `${name} ${digits(value)}, deranged ${missing(nothing) ? "not measured" : digits(nothing)}` },
+      svg("svg", { viewBox: "0 0 200 22", role: "img", "aria-label": `${name} ${digits(value)}, deranged ${missing(nothing) ? "not measured" : digits(nothing)}${missing(bar) ? "" : `, bar ${digits(bar)}`}` },
         svg("line", { x1: at(.3), x2: at(1), y1: 11, y2: 11, class: "axis" }), svg("line", { x1: at(.5), x2: at(.5), y1: 5, y2: 17, class: "axis" }),
-        !missing(nothing) && svg("circle", { cx: at(nothing), cy: 11, r: 4.5, class: "null" }), svg("circle", { cx: at(value), cy: 11, r: 5, class: "dot" })),
-      el("span", {}, el("b", {}, value.toFixed(2)), el("span", { class: "quiet" }, missing(nothing) ? "" : ` deranged ${nothing.toFixed(2)}`)));
+        !missing(bar) && svg("line", { x1: at(bar), x2: at(bar), y1: 2, y2: 20, class: "bar-at" }), !missing(nothing) && svg("circle", { cx: at(nothing), cy: 11, r: 4.5, class: "null" }), svg("circle", { cx: at(value), cy: 11, r: 5, class: "dot" })),
+      el("span", {}, el("b", {}, value.toFixed(2)), el("span", { class: "quiet" }, missing(nothing) ? "" : ` deranged ${nothing.toFixed(2)}`, missing(bar) ? "" : `, bar ${bar.toFixed(2)}`)));
   };
   const labelled = (i) => {
     const t = view.index.columns;
     if (!t.label) return null;
     const words = [t.labeller[i] && `by ${t.labeller[i]}`, !missing(t.n[i]) && `n = ${t.n[i]}`,
-      t.confident[i] === 1 ? "beats the deranged labels" : t.confident[i] === 0 ? "does not beat the deranged labels" : null].filter(Boolean);
+      t.confident[i] === 1 ? "above the bar: better than 95 % of deranged labels" : t.confident[i] === 0 ? "not above the bar that 95 % of deranged labels stay below" : null].filter(Boolean);
     return el("div", { class: "scores" },
-      !missing(t.detection[i]) && scale("detection", t.detection[i], t.null_detection[i]),
+      !missing(t.detection[i]) && scale("detection", t.detection[i], t.null_detection[i], t.bar && t.bar[i]),
       !missing(t.fuzzing[i]) && scale("fuzzing", t.fuzzing[i], t.null_fuzzing[i]),
       el("p", { class: "quiet" }, visible(words.join(" · ")), t.failure[i] && el("span", { class: "failure" }, ` · ${visible(t.failure[i])}`)));
   };
@@ -311,7 +311,7 @@
     return [el("h1", {}, `${number(t.total)} features after block ${t.layer}`),
       el("p", { class: "lead" }, `What the dictionary of run ${t.run} finds in ${t.model}, read on ${t.corpus}. Choose a feature from the list or the map.`),
       el("dl", { class: "facts" }, n < t.total && fact("published", number(n), " here, those with the strongest effect"),
-        sure !== undefined && fact("named", number(sure), " labels beat the deranged ones on other documents"),
+        sure !== undefined && fact("named", number(sure), " labels beat 95 % of the deranged ones on other documents"),
         fact("warnings", number(count("dense")), ` dense (active on more than 10 % of positions), ${number(count("dead"))} dead, ${number(count("single"))} with 95 % of their firings on one token`),
         t.themes && fact("themes", number(t.themes.length), ` groups of features, ${number(t.themes.filter((x) => x.stability > x.null_stability).length)} of them firmer than 95 % of the groups in clouds that have none`),
         !missing(t.control_single) && fact("control", number(t.control_single), ` of ${number(t.total)} random directions that fire as often are on one token`)),

@@ -92,3 +92,9 @@ def test_constraints_pin_every_requirement():
     wanted = config["DEFAULT"]["requirements"].split() + config["DEFAULT"]["dev_requirements"].split()
     names = {re.split(r"[<>=!]", r)[0].lower().replace("_", "-") for r in wanted}
     assert names <= pinned, names - pinned
+
+
+def test_readme_shows_the_criteria_of_the_committed_long_run():
+    from neurocodec.book.log import criteria_markdown
+    rows = json.loads((ROOT / "results/nano-full/criteria.json").read_text(encoding="utf8"))
+    assert criteria_markdown(rows) in (ROOT / "README.md").read_text(encoding="utf8"), "put neurocodec.book.log.criteria_markdown of that file between README.md's result marks"

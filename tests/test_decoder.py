@@ -45,7 +45,7 @@ def jobs(lm, dictionary, lens, **how):
 
 def digests(folder):  # a kill may leave the temporary file that was being written
     return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in sorted(folder.rglob("*")) if p.is_file() and p.suffix != ".tmp" and "tensorboard" not in p.parts}
+            for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".") and "tensorboard" not in p.parts}
 
 
 def work(folder, threads=1, contexts=120):

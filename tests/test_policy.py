@@ -49,7 +49,7 @@ HOW = PolicyConfig(steps=12, contexts=3, samples=3, minibatches=2)
 
 
 def digests(folder):  # a kill may leave the temporary file that was being written
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file() and p.suffix != ".tmp"}
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")}
 
 
 def work(folder, steps, save_every, threads=1):

@@ -44,9 +44,9 @@ def store(tmp_path_factory):
     return write_store(tmp_path_factory.mktemp("store"), planted(20_000), layer=3)
 
 
-def digests(folder):
+def digests(folder):  # a kill may leave the temporary file that was being written
     return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in sorted(folder.rglob("*")) if p.is_file() and "tensorboard" not in p.parts}
+            for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".") and "tensorboard" not in p.parts}
 
 
 def work(source, folder):

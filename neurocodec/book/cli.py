@@ -233,8 +233,9 @@ def _carry_out(a: argparse.Namespace) -> int:
     if a.command == "recovery": return _recovery(a.file, a.out)
     if a.command == "app":
         if a.run: check_run(a.run, "--run")
+        command = app_command(a.name, a.port, a.no_browser)
         if a.run and not (results() / a.run).is_dir(): raise UserError(f"--run {a.run}: {short_path(results() / a.run)} does not exist; `neurocodec run params/{a.run}.yaml` makes it")
-        return subprocess.run(app_command(a.name, a.port, a.no_browser), cwd=root(), env=os.environ | {"NEUROCODEC_APP_RUN": a.run}, preexec_fn=end_with_parent).returncode
+        return subprocess.run(command, cwd=root(), env=os.environ | {"NEUROCODEC_APP_RUN": a.run}, preexec_fn=end_with_parent).returncode
     return _chapters()
 
 def _recovery(file: str, out: str) -> int:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMON', 'DOMAINS', 'DAMAGED', 'INK', 'GREY', 'COLOURS', 'UserError', 'must', 'root', 'results', 'resolve', 'atomic',
-           'write_json', 'digest', 'Knob', 'notebook', 'source', 'knobs', 'typed', 'RunParams', 'check_run',
+           'write_json', 'digest', 'Knob', 'notebook_path', 'source', 'knobs', 'typed', 'RunParams', 'check_run',
            'read_params', 'check_chapters', 'modules_reached', 'code_digest', 'data_folder', 'docs_versions',
            'outside_digest', 'put_back', 'Folder', 'short_path', 'read_tensors', 'Estimate', 'flat', 'Tracker', 'Node',
            'scratch', 'end_with_parent', 'keep_memory', 'open_node', 'provenance', 'outdated', 'NoteBar', 'progress',
@@ -12,22 +12,21 @@ __all__ = ['COMMON', 'DOMAINS', 'DAMAGED', 'INK', 'GREY', 'COLOURS', 'UserError'
 
 # %% ../../nbs/00_run.ipynb #9f745d05
 import ast, contextlib, ctypes, functools, hashlib, importlib.util, io, json, math, os, platform, random, re, resource, shutil, signal
-import subprocess, sys, tempfile, time
+import subprocess, sys, tempfile, time, types
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Iterable, Iterator, NamedTuple
+from typing import TYPE_CHECKING, Any, Iterable, Iterator, NamedTuple
 
 import numpy as np
-import pandas as pd
-import torch
 import tqdm.auto
 import yaml
 from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+if TYPE_CHECKING:  # they take seconds to load, and who only looks at graphs and manifests needs neither: imported where used
+    import pandas as pd
+    from torch import Tensor
 
 # %% ../../nbs/00_run.ipynb #867c6a26
 class UserError(Exception):
@@ -95,12 +94,12 @@ class Knob(NamedTuple):
     default: Any  # a literal: str, int, float or bool
     help: str     # the comment behind it
 
-def notebook(chapter: str) -> dict:
-    "The notebook of a chapter as JSON; an unknown chapter is an error that lists the known ones."
+def notebook_path(chapter: str) -> Path:
+    "The notebook of a chapter; an unknown chapter is an error that lists the known ones."
     path = root() / "nbs" / f"{chapter}.ipynb"
     if not path.is_file():
         raise UserError(f"no chapter {chapter!r}; there are {', '.join(sorted(p.stem for p in (root() / 'nbs').glob('[0-9]*.ipynb')))}")
-    return json.loads(path.read_text(encoding="utf8"))
+    return path
 
 def source(cell: dict) -> str:
     "A cell's text, whether stored as a string or as lines."
@@ -108,8 +107,13 @@ def source(cell: dict) -> str:
 
 def knobs(chapter: str) -> dict[str, Knob]:
     "The parameters of a chapter in their order."
-    cells = [source(c) for c in notebook(chapter)["cells"] if "parameters" in c["metadata"].get("tags", [])]
-    if len(cells) != 1: raise UserError(f"nbs/{chapter}.ipynb: {len(cells)} cells tagged `parameters`, expected one")
+    path = notebook_path(chapter)
+    return dict(_knobs(str(path), path.stat().st_mtime_ns))  # a copy: what is remembered is nobody's to change
+
+@functools.lru_cache(maxsize=None)
+def _knobs(path: str, mtime_ns: int) -> dict[str, Knob]:
+    cells = [source(c) for c in json.loads(Path(path).read_text(encoding="utf8"))["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    if len(cells) != 1: raise UserError(f"nbs/{Path(path).name}: {len(cells)} cells tagged `parameters`, expected one")
     lines, out = cells[0].splitlines(), {}
     for stmt in ast.parse(cells[0]).body:
         if not (isinstance(stmt, ast.Assign) and isinstance(stmt.targets[0], ast.Name)): continue
@@ -189,38 +193,50 @@ def check_chapters(p: RunParams, path: str | Path) -> RunParams:
     return p.model_copy(update={"chapters": out})
 
 # %% ../../nbs/00_run.ipynb #8086ccb0
-def _normal(code: str) -> str:
-    "Python source reduced to its syntax tree without docstrings; what does not parse (magics) counts as text."
-    try: tree = ast.parse(code)
-    except SyntaxError: return code
-    for node in ast.walk(tree):
-        if isinstance(body := getattr(node, "body", None), list): node.body = [s for s in body if not _bare_string(s)]
-    return ast.dump(tree)
+def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    "Statements, and those inside of them."
+    for s in body:
+        yield s
+        for part in ("body", "orelse", "finalbody", "handlers", "cases"): yield from _statements(getattr(s, part, []))
 
-def _bare_string(node: ast.AST) -> bool:
-    "Whether a statement is a string and nothing else: a docstring of a function, class, module or field."
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+def _names(s: ast.stmt, package: tuple[str, ...]) -> list[str]:
+    "Dotted names that a statement imports; relative ones are completed with the package it lies in."
+    if isinstance(s, ast.Import): return [a.name for a in s.names]
+    if not isinstance(s, ast.ImportFrom): return []
+    base = ".".join([*package[: len(package) + 1 - s.level], *filter(None, [s.module])]) if s.level else s.module
+    return [base, *(f"{base}.{a.name}" for a in s.names)]
+
+def _fingerprint(code: types.CodeType) -> str:
+    "What compiled code does, without where it stands in its file."
+    consts = [_fingerprint(c) if isinstance(c, types.CodeType) else repr(sorted(c, key=repr) if isinstance(c, frozenset) else c) for c in code.co_consts]
+    kept = ("name", "code", "names", "varnames", "freevars", "cellvars", "flags", "argcount", "posonlyargcount", "kwonlyargcount", "exceptiontable")
+    return hashlib.sha256(repr([consts, *(getattr(code, f"co_{k}") for k in kept)]).encode()).hexdigest()
+
+def _compiled(code: str, package: tuple[str, ...] = ()) -> tuple[str, tuple[str, ...]]:
+    "(fingerprint of Python source, dotted names it imports); what does not parse (magics) counts as text."
+    def bare(s): return isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant) and isinstance(s.value.value, str)
+    try:
+        tree = ast.parse(code)
+        found = list(_statements(tree.body))
+        for s in (tree, *found):
+            if isinstance(body := getattr(s, "body", None), list): s.body = [x for x in body if not bare(x)] or [ast.copy_location(ast.Pass(), x) for x in body[:1]]
+        return _fingerprint(compile(tree, "", "exec")), tuple(n for s in found for n in _names(s, package))
+    except SyntaxError: return code, ()
 
 @functools.lru_cache(maxsize=None)
 def _module(path: str, mtime_ns: int) -> tuple[str, tuple[str, ...]]:
-    "(normalised source, names imported) of a library file."
-    text = Path(path).read_text(encoding="utf8")
-    return _normal(text), tuple(_imported(text, Path(path).relative_to(root()).with_suffix("").parts[:-1]))
+    "The same of a library file."
+    return _compiled(Path(path).read_text(encoding="utf8"), Path(path).relative_to(root()).with_suffix("").parts[:-1])
 
-def _imported(code: str, package: tuple[str, ...] = ()) -> Iterable[str]:
-    "Dotted names that Python source imports; relative ones are completed with the package the source lies in."
-    try: tree = ast.parse(code)
-    except SyntaxError: return
-    for n in ast.walk(tree):
-        if isinstance(n, ast.Import): yield from (a.name for a in n.names)
-        elif isinstance(n, ast.ImportFrom):
-            base = ".".join([*package[: len(package) + 1 - n.level], *filter(None, [n.module])]) if n.level else n.module
-            yield base
-            yield from (f"{base}.{a.name}" for a in n.names)
+@functools.lru_cache(maxsize=None)
+def _cells(path: str, mtime_ns: int) -> list[tuple[str, tuple[str, ...]]]:
+    "The same of every code cell of a notebook; the cell of its parameters is no code."
+    return [_compiled(source(c)) for c in json.loads(Path(path).read_text(encoding="utf8"))["cells"]
+            if c["cell_type"] == "code" and "parameters" not in c["metadata"].get("tags", [])]
 
-def modules_reached(code: str) -> dict[str, str]:
-    "Library modules that `code` imports, directly or through others: name → normalised source."
-    seen, todo = {}, list(_imported(code))
+def modules_reached(names: Iterable[str]) -> dict[str, str]:
+    "Library modules among imported names and those that they import in turn: name → fingerprint."
+    seen, todo = {}, list(names)
     while todo:
         name = todo.pop()
         path = root() / f"{name.replace('.', '/')}.py"
@@ -231,9 +247,9 @@ def modules_reached(code: str) -> dict[str, str]:
 
 def code_digest(chapter: str) -> str:
     "16 hex digits over a chapter's code cells and every library module they reach; its knobs' defaults are not code."
-    cells = [source(c) for c in notebook(chapter)["cells"]
-             if c["cell_type"] == "code" and "parameters" not in c["metadata"].get("tags", [])]
-    parts = [_normal(c) for c in cells] + [f"{k}:{v}" for k, v in sorted(modules_reached("\n".join(cells)).items())]
+    path = notebook_path(chapter)
+    cells = _cells(str(path), path.stat().st_mtime_ns)
+    parts = [code for code, _ in cells] + [f"{k}:{v}" for k, v in sorted(modules_reached(n for _, names in cells for n in names).items())]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 # %% ../../nbs/00_run.ipynb #0487fc2f
@@ -252,12 +268,13 @@ def docs_versions() -> str:
     return " ".join(f"{name}={version(name)}" for name in DOMAINS)
 
 def outside_digest(params: dict[str, Any]) -> str:
-    "16 hex digits over the local model, corpus and dictionaries that parameters name; names on a hub count as themselves."
+    "16 hex digits over the local model, corpus, dictionaries, prompt sets and task files that parameters name; names on a hub count as themselves."
     model, corpus = str(params.get("model", "nano")).removeprefix("random:"), str(params.get("corpus", ""))
     places = [data_folder() if model == "nano" else resolve(model)] + ([resolve(corpus.removeprefix("file:"))] if corpus.startswith("file:") else [])
     for word in str(params.get("pretrained", "")).split():  # sources of dictionaries, perhaps with a layer before each
         place = resolve(re.sub(r"^\d+=", "", word).replace("{layer}", str(params.get("layer"))))
         places += [place, *place.parent.glob("*.json")] if place.is_file() else [place]
+    places += [resolve(word) for knob in ("sets", "prompts", "data") for word in str(params.get(knob) or "").split(",") if word]
     files = []
     for place in places:
         if place.is_file(): files.append(place)
@@ -302,12 +319,13 @@ class Folder:
         "A JSON artefact."
         return json.loads(self.path(name).read_text(encoding="utf8"))
 
-    def tensors(self, name: str) -> dict[str, Tensor]:
+    def tensors(self, name: str) -> dict[str, "Tensor"]:
         "A safetensors artefact, whole."
         return read_tensors(self.path(name))
 
-    def table(self, name: str) -> pd.DataFrame:
+    def table(self, name: str) -> "pd.DataFrame":
         "A parquet artefact."
+        import pandas as pd
         return pd.read_parquet(self.path(name))
 
     @property
@@ -322,7 +340,7 @@ def short_path(path: Path) -> str:
         with contextlib.suppress(ValueError): return Path(path).resolve().relative_to(Path(top).resolve()).as_posix()
     return str(path)
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
+def read_tensors(path: str | Path) -> dict[str, "Tensor"]:
     "All tensors of a safetensors file; a damaged one is a UserError."
     try:
         with safe_open(path, "pt") as f: return {k: f.get_tensor(k) for k in f.keys()}
@@ -344,7 +362,7 @@ def flat(metrics: dict[str, Any]) -> dict[str, Any]:
     out = {}
     for k, v in metrics.items():
         if isinstance(v, Estimate): out |= {k: float(v.value), f"{k}.low": float(v.low), f"{k}.high": float(v.high), f"{k}.n": int(v.n)}
-        else: out[k] = v.item() if isinstance(v, (np.generic, Tensor)) else v
+        else: out[k] = v.item() if hasattr(v, "item") else v
     return out
 
 class Tracker:
@@ -415,6 +433,7 @@ class Node:
                 self.folder.mkdir(parents=True)
                 write_json(known, key)
         except OSError as e: raise UserError(f"{short_path(self.folder)}: cannot be written ({os.strerror(e.errno).lower()}); set NEUROCODEC_RESULTS to another place") from None
+        import torch
         random.seed(self.seed); np.random.seed(self.seed); torch.manual_seed(self.seed)
         if threads := os.environ.get("NEUROCODEC_THREADS"): torch.set_num_threads(int(threads))
 
@@ -453,12 +472,13 @@ def save_json(self: Node, name: str, value: Any) -> None:
     write_json(self.path(name), value)
 
 @patch
-def save_tensors(self: Node, name: str, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def save_tensors(self: Node, name: str, tensors: dict[str, "Tensor"]) -> None:
     "Write a safetensors artefact."
-    with atomic(self.path(name)) as tmp: save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata=metadata)
+    from safetensors.torch import save_file
+    with atomic(self.path(name)) as tmp: save_file({k: v.contiguous() for k, v in tensors.items()}, tmp)
 
 @patch
-def save_table(self: Node, name: str, table: pd.DataFrame) -> None:
+def save_table(self: Node, name: str, table: "pd.DataFrame") -> None:
     "Write a parquet artefact."
     with atomic(self.path(name)) as tmp: table.to_parquet(tmp)
 
@@ -485,6 +505,7 @@ def provenance() -> dict[str, Any]:
     def git(*args):
         r = subprocess.run(["git", *args], cwd=root(), capture_output=True, text=True)
         return r.stdout.strip() if r.returncode == 0 else ""
+    import torch
     names = ("torch", "transformers", "numpy", "safetensors", "tokenizers", "scikit-learn")
     return {"git": git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else ""),
             "versions": {"python": platform.python_version(), **{n: metadata.version(n) for n in names}},

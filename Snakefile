@@ -10,6 +10,9 @@ layers = [int(x) for x in config["layers"]] if "layers" in config else None  # s
 todo = jobs(run, overrides, layers, config.get("until", ""))
 drop_stale_stamps(todo)
 stamps = {j.name: str(j.stamp) for j in todo}
+costs = {j.name: cost(j, shape, 1e11) for j in todo}
+urgency = {}  # seconds of the longest way from a node's start to the end of the run
+for j in reversed(todo): urgency[j.name] = costs[j.name].seconds + max((urgency[k.name] for k in todo if j.name in k.needs), default=0)
 
 
 rule all:
@@ -23,6 +26,7 @@ for job in todo:
         input: [ancient(stamps[n]) for n in job.needs]
         output: touch(stamps[job.name])
         threads: job.threads
-        resources: mem_mb=int(cost(job, shape, 1e11).memory_mb)
+        priority: int(urgency[job.name])
+        resources: mem_mb=int(costs[job.name].memory_mb)
         params: command=command(job, config["params"], overrides)
         shell: "exec {params.command} --threads {threads}"

@@ -16,6 +16,12 @@ ROOT = Path(__file__).parents[1]
 os.environ.setdefault("NEUROCODEC_QUIET", "1")
 
 
+def pytest_collection_modifyitems(items):
+    """The two longest files come first, one for each process; what is short fills the end."""
+    longest = ["test_chapters", "test_engine"]
+    items.sort(key=lambda i: longest.index(i.path.stem) if i.path.stem in longest else len(longest))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def scratch_place(tmp_path_factory):
     """Try-outs of all test processes share one temporary place, and none is left behind in the repository."""

@@ -112,11 +112,12 @@ def figure(x: float | None, unit: str = "") -> str:
     return f"{text} {unit}".strip()
 
 def interval(low: float, high: float, unit: str = "") -> str:
-    "An interval as the book prints it: to the first digit of half its width, the unit once."
+    "An interval as the book prints it: to the first digit of half its width, one more where zero would swallow a bound; the unit once."
     low, high = (100 * x if unit == "%" else x for x in (low, high))
     wide = high - low > 1e-9 * abs(high)  # not rounding alone
     digits = max(0, -math.floor(math.log10((high - low) / 2))) if wide else 3
-    a, b = (f"{x:,.{digits}f}" if wide else figure(x) for x in (low, high))
+    digits += any(round(x, digits) == 0 != round(x, digits + 1) for x in (low, high))
+    a, b = (f"{x:z,.{digits}f}" if wide else figure(x) for x in (low, high))
     return f"[{a}, {b}] {unit}".strip()
 
 # %% ../../nbs/51_log.ipynb #0b6cde7b

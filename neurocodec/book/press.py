@@ -106,7 +106,7 @@ HAND = re.compile(r"\]\(\.\./book/(\w+\.md)\)")
 def relink(text: str, top: str, known: Iterable[str]) -> str:
     "Links to notebooks and to book/*.md as links to the book's pages; `top` leads from the page to the book's top, such as `../`."
     text = HAND.sub(lambda m: f"]({top}{m[1]})", text)
-    return LINK.sub(lambda m: f"[{m[1]}]({top}chapters/{m[2]}.ipynb)" if m[2] in known else f"{m[1]} (planned)", text)
+    return LINK.sub(lambda m: f"[{m[1]}]({top}chapters/{m[2]}.ipynb)" if m[2] in known else m[1], text)
 
 def shown(cell: NotebookNode, above: str, known: set[str], top: str) -> NotebookNode | None:
     "A cell as the book shows it, or None; `above` is the heading it stands under, which describes its figures."

@@ -305,9 +305,9 @@ def criteria_table(rows: list[dict[str, Any]], full: bool = True) -> Markup:
         unit = read_target(r["target"]).unit
         claim = Markup('{}<br><span class="nc-ci">{} <code>{}</code></span>').format(r["claim"], f"{r['definition']} ·" if full else "", r["id"])
         control = Markup("<br>").join(Markup("{} {}").format(k, figure(v, unit)) for k, v in r["control"].items()) or "—"
-        return [claim, r["target"], measured(r), control, verdict(r)]
+        return [claim, r["target"], measured(r) + Markup("<br>") + verdict(r), control]
     shown = [r for r in rows if full or r["verdict"] != "not yet measured"]
-    return table(["claim", "target", "measured", "control", "verdict"], [_line(r) for r in shown], "nc-criteria")
+    return table(["claim", "target", "measured", "control"], [_line(r) for r in shown], "nc-criteria")
 
 def criteria_markdown(rows: list[dict[str, Any]]) -> str:
     "What has been measured of the criteria as a Markdown table; README.md has that of the long run."

@@ -26,7 +26,7 @@ from torch.nn.functional import normalize
 from ..codec.themes import encode_rows, present, sample_rows
 from ..core.run import Folder, UserError, atomic, data_folder, knobs, progress
 from ..sae.dictionary import Dictionary
-from ..sae.layers import csr, onehot
+from ..sae.layers import csr
 from ..sae.quality import random_directions
 
 # %% ../../nbs/50_explorer.ipynb #682cd082

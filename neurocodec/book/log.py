@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from ..core.run import Folder, UserError, digest, write_json
+from ..core.run import Folder, digest, write_json
 
 # %% ../../nbs/51_log.ipynb #a66808e2
 TOY = {2: {"ev": .962, "ev.low": .958, "ev.high": .966, "ev.n": 400, "ev.pca": .911, "ev.untrained": .24, "ev.matched": .951, "l0": 64., "l0.low": 64., "l0.high": 64., "dead": .081},

@@ -12,7 +12,7 @@ import hashlib, json
 from pickle import UnpicklingError
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple
+from typing import Iterator, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from scipy.sparse import coo_array
 from torch import Tensor
 
 from .lm import LM, Intervention
-from .run import Estimate, Folder, Tracker, UserError, atomic, progress, resolve
+from .run import Folder, Tracker, UserError, atomic, progress, resolve
 from .text import document_bootstrap, sum_by_doc
 
 # %% ../../nbs/05_lens.ipynb #b425cac6

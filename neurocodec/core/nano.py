@@ -11,7 +11,7 @@ __all__ = ['END', 'train_tokenizer', 'NanoConfig', 'new_nano', 'orthogonalise', 
 import copy, json, math, shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable, Iterable
+from typing import Iterable
 
 import pandas as pd
 import torch

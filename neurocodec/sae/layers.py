@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy import sparse as sp
-from torch import Tensor
 
 from ..core.run import Estimate, UserError, progress
 from ..core.text import Packed

@@ -1,7 +1,10 @@
 "Collapse and recovery: the file format against what other writers make of it, flags against a second implementation, counts against hand work, clamps on foreign architectures."
 import csv
+import json
 import math
 import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -9,14 +12,18 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neurocodec.core.coherence import collapsed, legacy_collapsed
+from neurocodec.core.engine import what_failed
 from neurocodec.core.lm import tiny
 from neurocodec.core.run import UserError
 from neurocodec.resonance.recovery import (
-    BASELINE, COLUMNS, NOTHING, ORIGINAL, OURS, PROMPT, curve, hold, improvement_report, judge, outcome, push, read_outputs, report, summary, text_metrics, write_outputs, write_texts, written_by)
+    BASELINE, COLUMNS, NOTHING, ORIGINAL, OURS, PROMPT, curve, hold, hold_feature, improvement_report, judge, outcome, push, read_outputs, report, summary, text_metrics, write_outputs, write_texts, written_by)
+from neurocodec.sae.dictionary import DictionaryConfig, create_dictionary
 
 TEXT = st.text(alphabet=st.sampled_from(list("abK .?!'\"\t\n\r`’é|") + ["\u2028", "\x85", "\x1c"]), max_size=40)
 
@@ -216,6 +223,12 @@ def test_a_held_neuron_is_held(architecture):
     texts, vectors = ["abc", "b", "abcde"], torch.randn(3, 32, generator=g) * 20
     all_at_once = write_texts(lm, texts, 6, lambda r: push(1, vectors[r]))
     assert write_texts(lm, texts, 6, lambda r: push(1, vectors[r]), batch=1) == all_at_once != write_texts(lm, texts, 6)
+    d, f, v, length = create_dictionary(DictionaryConfig(d_model=32, n_features=64, k=8)), torch.tensor([3, 9, 3]), torch.tensor([9., -9., 4.]), torch.tensor([3, 1, 5])
+    def features(r): return hold_feature(1, d, f[r], v[r], length[r])
+    all_at_once = write_texts(lm, texts, 6, features)
+    assert write_texts(lm, texts, 6, features, batch=1) == all_at_once != write_texts(lm, texts, 6)
+    tokens, mask = lm.encode(texts)
+    with lm.intervene(features(torch.arange(3))): assert torch.equal(*(lm.generate(tokens, 6, attention_mask=mask, use_cache=c) for c in (True, False)))
     assert lm.active == []
 
 
@@ -267,3 +280,31 @@ def test_the_published_numbers(tmp_path):
     for path in filter(None, (tmp_path / "like.tsv", os.environ.get("NEUROCODEC_PUBLISHED_TSV"))):
         published(judge(read_outputs(path)))
         assert [judge(read_outputs(path))[f].tolist() for f in ("is_collapsed", "intervention_improves_baseline")] == pandas_reads(path)[1]
+
+
+GRAMMAR = """A small grid in the original's grammar.
+>> CORE_ID: gate is open
+>> PROPOSITION: The gate is open.
+[LEVEL 1]
+declarative: The gate may be open.
+rhetorical: Could it be that the gate is open?
+[LEVEL 2]
+declarative: The gate is open.
+rhetorical: Who would doubt that the gate is open?
+"""
+
+
+def test_the_published_setting_runs(tmp_path):
+    "What params/gpt2-resonance.yaml asks of chapter 44, with tiny numbers: neuron and raw value are given, so nothing is chosen, no dictionary is made and every prompt of the one proposition is tested."
+    (tmp_path / "grid.txt").write_text(GRAMMAR)
+    asked = yaml.safe_load((ROOT / "params" / "gpt2-resonance.yaml").read_text())["chapters"]["44_recovery"]
+    assert {"unit": "raw", "codec": False, "n_test": 0}.items() <= asked.items() and asked["at_value"] in asked["sweep"].split(",")
+    knobs = asked | {"prompts": str(tmp_path / "grid.txt"), "neuron": 5, "sweep": "-25,25", "n_new": 6, "n_controls": 2, "eval_tokens": 500}
+    given = [x for k, v in knobs.items() for x in ("-r" if isinstance(v, str) else "-p", k, str(v))]
+    done = subprocess.run([sys.executable, "-m", "papermill", "-k", "python3", "--no-progress-bar", ROOT / "nbs" / "44_recovery.ipynb", tmp_path / "out.ipynb", *given],
+                          cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=900)
+    assert done.returncode == 0, what_failed(tmp_path / "out.ipynb") if (tmp_path / "out.ipynb").exists() else done.stderr[-2000:]
+    said = "".join("".join(o.get("text", "")) for c in json.loads((tmp_path / "out.ipynb").read_text())["cells"] for o in c.get("outputs", []))
+    assert "a beginning-of-text token stands before every prompt: yes" in said and "layer 2, for half 1: neuron 5 (" in said
+    assert "4 test prompts" in said and "layer 2 half 1 neuron 25" in said and "12 rows: 4 prompts, 2 clamp values" in said
+    assert "13_train" not in said

@@ -218,13 +218,16 @@ def push(layer: int, vector_BD: Tensor) -> list[Intervention]:
     "Add one vector a row to the stream after a block, at every position."
     return [Intervention(f"blocks.{layer}.hook_resid_post", "add", vector_BD[:, None])]
 
-def hold_feature(layer: int, d: Dictionary, feature: int, value: float) -> list[Intervention]:
-    "Hold a feature of the stream after a block at a value, at every position; the rest of the stream is left alone."
+def hold_feature(layer: int, d: Dictionary, feature_B: Tensor, value_B: Tensor, length_B: Tensor) -> list[Intervention]:
+    "Hold one feature a row, of the stream after a block, at a value, at every position of prompts of `length_B` tokens and what follows; the rest of the stream is left alone."
+    B, T = len(length_B), int(length_B.sum())
     @torch.no_grad()
     def _set(x_ND):
-        codes, w = d.encode(x_ND.to(d.W_dec)), d.W_dec[feature]
-        now_N = (codes.values_Bk * (codes.indices_Bk == feature)).sum(1)
-        return x_ND + ((value - now_N)[:, None] * w).to(x_ND)
+        # a splice is not told whose position is whose: a pass holds the prompts, then with a cache one position of each text, without it all of them and one more
+        at_N = torch.arange(B).repeat_interleave(length_B.cpu() + (len(x_ND) - T) // B if len(x_ND) >= T else 1)
+        codes, f_N1 = d.encode(x_ND.to(d.W_dec)), feature_B[at_N, None].to(d.W_dec.device)
+        now_N = (codes.values_Bk * (codes.indices_Bk == f_N1)).sum(1)
+        return x_ND + ((value_B[at_N].to(now_N) - now_N)[:, None] * d.W_dec[f_N1[:, 0]]).to(x_ND)
     return [Intervention(f"blocks.{layer}.hook_resid_post", "splice", _set)]
 
 def written_by(lm: LM, layer: int, neurons: Sequence[int]) -> Tensor:
@@ -242,7 +245,7 @@ def write_texts(
     n_new: int,
     act: Act | None = None,   # what is in force, for the rows that are written together
     temperature: float = 0.,
-    seed: int = 0,            # row i draws with seed + i
+    seed: int | Sequence[int] = 0,  # row i draws with seed + i, or with the i-th of a list
     batch: int = 256,
     desc: str = "writing",
 ) -> list[list[int]]:
@@ -252,6 +255,6 @@ def write_texts(
     for rows in progress(parts, desc=desc) if len(parts) > 1 else parts:
         tokens, mask = lm.encode([texts[i] for i in rows])
         with lm.intervene(act(rows) if act else []):
-            new = lm.generate(tokens, n_new, temperature, seed=[seed + int(i) for i in rows], attention_mask=mask)[:, tokens.shape[1]:]
+            new = lm.generate(tokens, n_new, temperature, seed=[seed + i if isinstance(seed, int) else seed[i] for i in rows.tolist()], attention_mask=mask)[:, tokens.shape[1]:]
         out += [r[: next((i for i, t in enumerate(r) if t in ends), len(r))] for r in new.tolist()]
     return out

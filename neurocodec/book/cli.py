@@ -196,7 +196,7 @@ def parser() -> argparse.ArgumentParser:
     recovery = sub.add_parser("recovery", help="judge the outputs of a clamp sweep: what collapsed, recovered, was harmed")
     recovery.add_argument("what", choices=["report"])
     recovery.add_argument("file", help="tab-separated: core_id, type, level, sweep, prompt, output")
-    recovery.add_argument("--out", default="", metavar="FOLDER", help="where to write metrics CSV, improvement report and curve (beside the file)")
+    recovery.add_argument("--out", default="", metavar="FOLDER", help="where to write NAME_judged.csv, NAME_judged.md and NAME_judged_curve.csv (beside the file NAME.tsv; what the original wrote there, NAME_metrics.csv and NAME_improvement_report.md, stays)")
     app = sub.add_parser("app", help="open an app in the browser, served on this machine only")
     app.add_argument("name", help="such as `steering`; a wrong one lists those there are")
     app.add_argument("--run", default="nano", help="a finished run below results/ (%(default)s); '' makes a small try-out first")

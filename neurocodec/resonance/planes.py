@@ -308,15 +308,13 @@ class Reading(NamedTuple):
     "A run's vectors in planes, with what it takes to compare it."
     basis: str            # digest of the basis
     pair_P2: np.ndarray   # the planes
-    source: str           # digest of the vectors
     keys: list[str]       # one per vector; runs are joined on them
     polar: Polar
 
 def reading(x_ND, p: Planes, keys: Sequence, hook: str = "") -> Reading:
     "Project a run's vectors and note what they are; `hook` is where they were read."
     if len(set(map(str, keys))) != len(x_ND): raise UserError(f"planes: {len(set(map(str, keys)))} different keys for {len(x_ND)} vectors")
-    x = np.ascontiguousarray(np.asarray(x_ND, float))
-    return Reading(p.basis.digest, p.pair_P2, hashlib.sha256(x.tobytes()).hexdigest()[:16], list(map(str, keys)), project(x, p, hook))
+    return Reading(p.basis.digest, p.pair_P2, list(map(str, keys)), project(np.asarray(x_ND, float), p, hook))
 
 class Shift(NamedTuple):
     "How the Grey Vector moves from one run to another, in one plane."
@@ -369,7 +367,7 @@ def compass(ax, sets: dict[str, Polar], p: Planes, plane: int = 0, most: int = 4
     "Draw sets of vectors in one plane on polar axes."
     first, second = (p.basis.names[i] for i in p.pair_P2[plane])
     top, d = max(float(np.quantile(s.rho_PN[plane], .99)) for s in sets.values()), p.basis.vectors_MD.shape[1]
-    ax.fill(np.linspace(0, 2 * np.pi, 200), np.full(200, rho_quantile(.95, d)), color=GREY, alpha=.3, lw=0)
+    ax.fill(np.linspace(0, 2 * np.pi, 200), np.full(200, rho_quantile(.95, d)), color=GREY, alpha=.3, lw=0, label="95 % of isotropic vectors")
     for (name, s), colour in zip(sets.items(), COLOURS):
         rho, psi = s.rho_PN[plane], s.psi_PN[plane]
         z = (rho * np.exp(1j * psi)).mean()

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['SETS', 'READERS', 'MODES', 'PLACES', 'UNITS', 'BOS', 'WINDOWS', 'read_prompts', 'epistemic', 'docstrings', 'Design',
            'factors_of', 'check_design', 'covariates', 'variance_share', 'frames', 'permuted_frames', 'confounds',
-           'crossed', 'Clamp', 'positions', 'interventions', 'hook_shape', 'Passed', 'write', 'read', 'CaptureConfig',
-           'encode', 'window_means', 'fingerprint', 'capture_key', 'Capture', 'capture']
+           'crossed', 'Clamp', 'positions', 'interventions', 'hook_shape', 'read_numbers', 'check_neuron', 'Passed',
+           'write', 'read', 'CaptureConfig', 'encode', 'window_means', 'fingerprint', 'capture_key', 'Capture',
+           'capture']
 
 # %% ../../nbs/40_prompts.ipynb #8f15c2d6
 import csv, hashlib, io, json, re
@@ -57,7 +58,7 @@ def _table(path: Path, rows: Sequence[tuple[int, dict[str, str]]]) -> pd.DataFra
 def _read_grammar(path: Path, text: str) -> pd.DataFrame:
     core = level = None
     rows, ignored, propositions = [], [], {}
-    for n, line in enumerate(map(str.strip, text.splitlines()), 1):
+    for n, line in enumerate(map(str.strip, re.split(r"\r\n|\r|\n", text)), 1):
         if m := re.match(r">>\s*CORE_ID:\s*(.*)", line):
             core, level = re.sub(r"\s+", "_", m[1]), None
             if not core: raise _bad(path, n, "a CORE_ID without a name")
@@ -79,17 +80,18 @@ def _read_grammar(path: Path, text: str) -> pd.DataFrame:
 # %% ../../nbs/40_prompts.ipynb #747bddf3
 def _read_delimited(path: Path, text: str) -> pd.DataFrame:
     lines = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
-    rows, head = [], None
+    rows, head, begins = [], None, 1
     try:
         for fields in lines:
+            line, begins = begins, lines.line_num + 1  # a row is named by its first line
             if not any(fields): continue
             if head is None:
                 head = [f.strip() for f in fields]
-                if len(set(head)) < len(head) or not all(head) or not {"core_id", "prompt"} <= set(head): raise _bad(path, lines.line_num, f"header {', '.join(head)}: expected core_id, prompt and factors, each once")
+                if len(set(head)) < len(head) or not all(head) or not {"core_id", "prompt"} <= set(head): raise _bad(path, line, f"header {', '.join(head)}: expected core_id, prompt and factors, each once")
                 continue
-            if len(fields) != len(head): raise _bad(path, lines.line_num, f"{len(fields)} fields, the header has {len(head)}")
-            rows.append((lines.line_num, dict(zip(head, fields))))
-    except csv.Error as e: raise _bad(path, lines.line_num, str(e)) from None
+            if len(fields) != len(head): raise _bad(path, line, f"{len(fields)} fields, the header has {len(head)}")
+            rows.append((line, dict(zip(head, fields))))
+    except csv.Error as e: raise _bad(path, begins, str(e)) from None
     return _table(path, rows)
 
 def _pairs(path: Path, node, what: str) -> dict[str, Any]:
@@ -306,6 +308,19 @@ def interventions(
 def hook_shape(lm: LM, hook: str) -> tuple[int, ...]:
     "Shape of what passes a hook point at one position."
     return tuple(lm.capture(torch.zeros(1, 1, dtype=torch.long), [hook])[hook].shape[2:])
+
+# %% ../../nbs/40_prompts.ipynb #187e904b
+def read_numbers(knob: str, text: str) -> list[float]:
+    "The finite numbers of a knob that holds a comma list."
+    try: out = [float(v) for v in str(text).split(",")]
+    except ValueError: out = [np.nan]
+    if not np.isfinite(out).all(): raise UserError(f"{knob} = {text!r}: expected numbers with commas between them")
+    return out
+
+def check_neuron(lm: LM, neuron: int) -> int:
+    "An MLP neuron of the model, or -1."
+    if not -1 <= neuron < lm.d_mlp: raise UserError(f"neuron = {neuron}: {lm.name} has MLP neurons 0 to {lm.d_mlp - 1}, and -1 chooses")
+    return neuron
 
 # %% ../../nbs/40_prompts.ipynb #317b693a
 class _Listener:

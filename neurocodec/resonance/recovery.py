@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROMPT', 'BASELINE', 'NOTHING', 'COLUMNS', 'RULES', 'ORIGINAL', 'OURS', 'Act', 'read_outputs', 'write_outputs',
-           'text_metrics', 'judge', 'Outcome', 'outcome', 'curve', 'summary', 'improvement_report', 'report', 'Neuron',
-           'hold', 'push', 'hold_feature', 'written_by', 'write_texts']
+           'text_metrics', 'baselines_of', 'judge', 'Outcome', 'outcome', 'curve', 'summary', 'improvement_report',
+           'report', 'Neuron', 'hold', 'push', 'hold_feature', 'written_by', 'write_texts']
 
 # %% ../../nbs/44_recovery.ipynb #56bb9b79
 import csv, math, re
@@ -19,7 +19,7 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from ..core.coherence import collapsed, describe, legacy_collapsed, share
+from ..core.coherence import describe, legacy_collapsed, share
 from ..core.lm import LM, Intervention
 from ..core.run import Estimate, UserError, atomic, progress, short_path
 from ..decoder.policy import holm
@@ -35,45 +35,46 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     except OSError as e: raise UserError(f"{short_path(path)}: cannot be read ({(e.strerror or str(e)).lower()})") from None
     try: text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e: raise UserError(f"{short_path(path)}:{1 + raw.count(10, 0, e.start)}: not UTF-8 ({e.reason})") from None
-    stand_in = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in text)  # csv would end a row at a lone carriage return
+    stand_in, last = (c for c, _ in zip((c for c in map(chr, range(0xE000, 0xF8FF)) if c not in text), "12"))  # csv would end a row at a lone carriage return, and not say whether a field was open at the end
     lines = [line.replace("\r", stand_in) + "\n" for line in text.removesuffix("\n").split("\n")]
-    reader, begins, ending = csv.reader(lines, delimiter="\t"), 1, ""
-    try:
-        for row in reader:
-            raw = "".join(lines[begins - 1 : reader.line_num])
-            if raw.count('"') % 2 and re.search(r'(?:^|\t)"', raw): raise UserError(f"{short_path(path)}:{begins}: a quotation mark without its partner")
-            if begins == 1 and row and row[-1].endswith(stand_in): ending = stand_in  # the first line says how lines end
-            if row and row != [ending]: yield begins, [f.replace(stand_in, "\r") for f in [*row[:-1], row[-1].removesuffix(ending)]]
-            begins = reader.line_num + 1
-    except csv.Error as e: raise UserError(f"{short_path(path)}:{begins}: {e}") from None
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    reader, begins, ending = csv.reader([*lines, last], delimiter="\t"), 1, ""
+    for row in reader:
+        if row == [last]: return
+        if row and last in row[-1]: raise UserError(f"{short_path(path)}:{begins}: a quotation mark without its partner")
+        if begins == 1 and row and row[-1].endswith(stand_in): ending = stand_in  # the first line says how lines end
+        if len(row) > 1 or row and row[0].removesuffix(ending).strip(): yield begins, [f.replace(stand_in, "\r") for f in [*row[:-1], row[-1].removesuffix(ending)]]
+        begins = reader.line_num + 1
 
-def _checked(path: Path, line: int, row: dict[str, str]) -> dict[str, str]:
-    "A row whose identity can be read; whole levels are written one way, so that `01` is `1`."
+def _checked(path: Path, line: int, row: dict[str, str]) -> list[str]:
+    "The fields `COLUMNS` of a row whose identity can be read."
     for k in PROMPT:
         if not row[k].strip(): raise UserError(f"{short_path(path)}:{line}: {k} is empty")
-    value = row["sweep"].strip()
-    try: ok = value == BASELINE or math.isfinite(float(value))
+    try: ok = row["sweep"] == BASELINE or math.isfinite(float(row["sweep"]))
     except ValueError: ok = False
-    if not ok: raise UserError(f"{short_path(path)}:{line}: sweep {value!r}: expected a number or `{BASELINE}`, which marks the unclamped text")
-    level = row["level"].strip()
-    return row | {"sweep": value, "level": str(int(level)) if re.fullmatch(r"[+-]?\d{1,9}", level) else level}
+    if not ok: raise UserError(f"{short_path(path)}:{line}: sweep {row['sweep']!r}: expected a number or exactly `{BASELINE}`, which marks the unclamped text")
+    return [row[c] for c in COLUMNS]
+
+def _as_pandas(column: pd.Series) -> pd.Series:
+    "Whole numbers where every field is one, numbers where every field is one, else text as it stands."
+    for pattern, kind in ((r"\s*[+-]?\d{1,18}\s*", int), (r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", float)):
+        if column.str.fullmatch(pattern, case=False).all(): return column.astype(kind)
+    return column
 
 def read_outputs(path: str | Path) -> pd.DataFrame:
-    "Outputs of a sweep in the original's TSV format: the columns `COLUMNS` as text (level as whole numbers where all are), others left out."
-    path, first, out = Path(path), {}, []
+    "Outputs of a sweep in the original's TSV format: the columns `COLUMNS` as text (`PROMPT` as numbers where all are), others left out."
+    path, out = Path(path), []
     rows = _rows(path)
     line, head = next(rows, (1, []))
     head = [h.strip() for h in head]
-    if missing := [c for c in COLUMNS if c not in head]: raise UserError(f"{short_path(path)}:{line}: no column {', '.join(missing)}; expected {', '.join(COLUMNS)} between tabs")
+    for n, what in ((0, "no column"), (2, "more than one column")):
+        if wrong := [c for c in COLUMNS if min(2, head.count(c)) == n]: raise UserError(f"{short_path(path)}:{line}: {what} {', '.join(wrong)}; expected {', '.join(COLUMNS)} between tabs")
     for line, fields in rows:
         if len(fields) != len(head): raise UserError(f"{short_path(path)}:{line}: {len(fields)} fields, the first line names {len(head)}")
-        row = _checked(path, line, dict(zip(head, fields)))
-        key = tuple(row[c] for c in COLUMNS[:4])
-        if (known := first.setdefault(key, line)) != line: raise UserError(f"{short_path(path)}:{line}: {' '.join(key)} stands in line {known} already")
-        out.append([row[c] for c in COLUMNS])
+        out.append(_checked(path, line, dict(zip(head, fields))))
     if not out: raise UserError(f"{short_path(path)}:{line}: no rows below the column names")
     table = pd.DataFrame(out, columns=COLUMNS)
-    return table.astype({"level": int}) if table.level.str.fullmatch(r"[+-]?\d{1,9}").all() else table
+    return table.assign(**{k: _as_pandas(table[k]) for k in PROMPT})
 
 def write_outputs(path: str | Path, table: pd.DataFrame) -> None:
     "The same file again."
@@ -95,6 +96,11 @@ def text_metrics(text: str) -> dict[str, float]:
     return dict(zip(names, (n, len(count), sentences, n / sentences, repeated, entropy))) | {"error": None}
 
 # %% ../../nbs/44_recovery.ipynb #7c4823ad
+def baselines_of(judged: pd.DataFrame) -> pd.DataFrame:
+    "One row a prompt that has a baseline: whether any of them is collapsed or looping, and the first one's text."
+    base = judged[judged.sweep == BASELINE].groupby(PROMPT)
+    return base[["is_collapsed", "is_looping"]].any().assign(output=base.output.first())
+
 def judge(table: pd.DataFrame) -> pd.DataFrame:
     "The table of `read_outputs` with the original's measures and flags, and then ours, row by row."
     texts = {t: describe("" if t == NOTHING else t) for t in table.output.unique()}
@@ -103,7 +109,7 @@ def judge(table: pd.DataFrame) -> pd.DataFrame:
     out["is_collapsed"] = [legacy_collapsed(t) for t in table.output]
     loops = pd.DataFrame({"loop_share": [c.loop_share for c in told], "loop_period": [c.period for c in told], "is_looping": [c.collapsed for c in told],
                           "distinct2": [c.distinct2 for c in told], "compression": [c.compression for c in told]}, index=table.index)
-    base = pd.concat([out, loops], axis=1)[table.sweep == BASELINE].set_index(PROMPT)
+    base = baselines_of(pd.concat([out, loops], axis=1))
     at, clamped = pd.MultiIndex.from_frame(table[PROMPT]), (table.sweep != BASELINE).to_numpy()
     def was(name): return base[name].reindex(at).to_numpy()
     for rule, better, worse, flag in (("is_collapsed", "intervention_improves_baseline", "harms_baseline", out), ("is_looping", "ends_loop", "begins_loop", loops)):
@@ -135,13 +141,13 @@ def outcome(before_N, after_N, draws: int = 1) -> Outcome:
 RULES = {"original": "is_collapsed", "period-agnostic": "is_looping"}
 
 def curve(judged: pd.DataFrame) -> pd.DataFrame:
-    "One row for each rule and value of the sweep, values ascending: cells, shares with Clopper-Pearson intervals, McNemar's test; prompts without a baseline left out."
-    base, rows = judged[judged.sweep == BASELINE].set_index(PROMPT), []
+    "One row for each rule and value of the sweep, values ascending: cells, shares with Clopper-Pearson intervals, McNemar's test; prompts without a baseline, and all but the first row of one prompt and value, left out."
+    base, rows = baselines_of(judged), []
     for rule, flag in RULES.items():
         mine = []
         for value, t in sorted(judged[judged.sweep != BASELINE].groupby("sweep"), key=lambda x: float(x[0])):
             t = t.set_index(PROMPT)
-            t = t[t.index.isin(base.index)]
+            t = t[t.index.isin(base.index) & ~t.index.duplicated()]  # McNemar's test takes a prompt once
             o = outcome(base.loc[t.index, flag], t[flag])
             mine.append({"rule": rule, "sweep": value, "prompts": len(t), "stayed": o.stayed, "recovered": o.recovered, "harmed": o.harmed, "well": o.well,
                          **{f"{k}{end}": getattr(e, part) for k, e in (("recovery", o.recovery), ("harm", o.harm)) for end, part in (("", "value"), (".low", "low"), (".high", "high"))},
@@ -161,9 +167,10 @@ def _fenced(text: str, indent: str = "") -> str:
 
 def summary(judged: pd.DataFrame) -> list[str]:
     "What a file of outputs says, in a few lines."
-    base, clamped = judged[judged.sweep == BASELINE], judged[judged.sweep != BASELINE]
+    base, clamped = baselines_of(judged), judged[judged.sweep != BASELINE]
     prompts, better = judged[PROMPT].drop_duplicates(), judged[judged.intervention_improves_baseline]
     out = [f"{len(judged)} rows: {len(prompts)} prompts, {clamped.sweep.nunique()} clamp values"]
+    if again := judged.duplicated([*PROMPT, "sweep"]).sum(): out.append(f"{again} rows repeat a prompt and value: they are judged, and in the counts of rows below, but each prompt is once in the curve")
     if len(base) < len(prompts): out.append(f"{len(prompts) - len(base)} of the {len(prompts)} prompts have no baseline and are in no comparison")
     out.append(f"original rule: {judged.is_collapsed.sum()} rows collapsed, {base.is_collapsed.sum()} of {len(base)} baselines; found improvements for {len(better[PROMPT].drop_duplicates())} of {base.is_collapsed.sum()} prompts, in {len(better)} rows")
     free = judged[judged.improves_without_loop]
@@ -174,7 +181,7 @@ def summary(judged: pd.DataFrame) -> list[str]:
 def improvement_report(judged: pd.DataFrame, name: str) -> str:
     "The original's improvement report as Markdown, with the honest counts above it."
     out = [f"# Improvements over collapsed baselines\n\nSource: `{name}`\n", *(f"- {line}" for line in summary(judged))]
-    base = judged[judged.sweep == BASELINE].set_index(PROMPT).output
+    base = baselines_of(judged).output
     groups = judged[judged.intervention_improves_baseline].groupby(PROMPT)
     for i, (key, t) in enumerate(groups, 1):
         out += ["\n---\n", f"## Prompt {i} / {len(groups)}\n", f"core_id='{key[0]}', type='{key[1]}', level='{key[2]}'\n", f"**Collapsed baseline**\n\n{_fenced(base[key])}\n"]
@@ -186,7 +193,7 @@ def report(tsv: str | Path, folder: str | Path = "") -> tuple[pd.DataFrame, list
     "Judge a file of outputs and write, beside it or into `folder`, its metrics CSV, improvement report and recovery curve; returns the judged rows and the files."
     tsv = Path(tsv)
     judged, stem = judge(read_outputs(tsv)), Path(folder or tsv.parent) / tsv.stem
-    files = [stem.with_name(stem.name + end) for end in ("_metrics.csv", "_improvement_report.md", "_recovery.csv")]
+    files = [stem.with_name(stem.name + end) for end in ("_judged.csv", "_judged.md", "_judged_curve.csv")]
     for path, text in zip(files, (judged[ORIGINAL + OURS].to_csv(index=False), improvement_report(judged, tsv.name), curve(judged).to_csv(index=False))):
         try:
             with atomic(path) as part: part.write_bytes(text.encode("utf8", "surrogatepass"))
@@ -211,13 +218,16 @@ def push(layer: int, vector_BD: Tensor) -> list[Intervention]:
     "Add one vector a row to the stream after a block, at every position."
     return [Intervention(f"blocks.{layer}.hook_resid_post", "add", vector_BD[:, None])]
 
-def hold_feature(layer: int, d: Dictionary, feature: int, value: float) -> list[Intervention]:
-    "Hold a feature of the stream after a block at a value, at every position; the rest of the stream is left alone."
+def hold_feature(layer: int, d: Dictionary, feature_B: Tensor, value_B: Tensor, length_B: Tensor) -> list[Intervention]:
+    "Hold one feature a row, of the stream after a block, at a value, at every position of prompts of `length_B` tokens and what follows; the rest of the stream is left alone."
+    B, T = len(length_B), int(length_B.sum())
     @torch.no_grad()
     def _set(x_ND):
-        codes, w = d.encode(x_ND.to(d.W_dec)), d.W_dec[feature]
-        now_N = (codes.values_Bk * (codes.indices_Bk == feature)).sum(1)
-        return x_ND + ((value - now_N)[:, None] * w).to(x_ND)
+        # a splice is not told whose position is whose: a pass holds the prompts, then with a cache one position of each text, without it all of them and one more
+        at_N = torch.arange(B).repeat_interleave(length_B.cpu() + (len(x_ND) - T) // B if len(x_ND) >= T else 1)
+        codes, f_N1 = d.encode(x_ND.to(d.W_dec)), feature_B[at_N, None].to(d.W_dec.device)
+        now_N = (codes.values_Bk * (codes.indices_Bk == f_N1)).sum(1)
+        return x_ND + ((value_B[at_N].to(now_N) - now_N)[:, None] * d.W_dec[f_N1[:, 0]]).to(x_ND)
     return [Intervention(f"blocks.{layer}.hook_resid_post", "splice", _set)]
 
 def written_by(lm: LM, layer: int, neurons: Sequence[int]) -> Tensor:
@@ -235,7 +245,7 @@ def write_texts(
     n_new: int,
     act: Act | None = None,   # what is in force, for the rows that are written together
     temperature: float = 0.,
-    seed: int = 0,            # row i draws with seed + i
+    seed: int | Sequence[int] = 0,  # row i draws with seed + i, or with the i-th of a list
     batch: int = 256,
     desc: str = "writing",
 ) -> list[list[int]]:
@@ -245,6 +255,6 @@ def write_texts(
     for rows in progress(parts, desc=desc) if len(parts) > 1 else parts:
         tokens, mask = lm.encode([texts[i] for i in rows])
         with lm.intervene(act(rows) if act else []):
-            new = lm.generate(tokens, n_new, temperature, seed=[seed + int(i) for i in rows], attention_mask=mask)[:, tokens.shape[1]:]
+            new = lm.generate(tokens, n_new, temperature, seed=[seed + i if isinstance(seed, int) else seed[i] for i in rows.tolist()], attention_mask=mask)[:, tokens.shape[1]:]
         out += [r[: next((i for i, t in enumerate(r) if t in ends), len(r))] for r in new.tolist()]
     return out

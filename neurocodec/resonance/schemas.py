@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMAS', 'CLEAN', 'Schema', 'Poked', 'poke', 'contrast_axis', 'shifts', 'state', 'schema_01', 'schema_03',
-           'schema_02', 'by_type', 'schema_04', 'holm', 'through_planes', 'schema_05', 'lenses', 'rayleigh',
-           'Agreement', 'agreement', 'principal_angles', 'effective_planes', 'Turned', 'conditions']
+           'schema_02', 'by_type', 'schema_04', 'through_planes', 'schema_05', 'lenses', 'rayleigh', 'Agreement',
+           'agreement', 'principal_angles', 'effective_planes', 'Turned', 'conditions']
 
 # %% ../../nbs/42_schemas.ipynb #29bd1d1b
 from pathlib import Path
@@ -17,7 +17,8 @@ from scipy.stats import binomtest
 
 from ..core.lm import LM, layer_of
 from ..core.run import Estimate, UserError, progress
-from .planes import Basis, Planes, Shift, axes, back_project, compare, grey, permuted_basis, planes, project, reading, rho_chance, rho_quantile
+from ..decoder.policy import holm
+from .planes import Basis, Planes, Shift, axes, compare, grey, planes, project, reading, rho_chance, rho_quantile
 from .prompts import CaptureConfig, Clamp, capture, confounds
 
 # %% ../../nbs/42_schemas.ipynb #9ec1fbda
@@ -134,13 +135,6 @@ def schema_04(x: Poked, p: Planes, at: tuple) -> pd.DataFrame:
     return out.sort_values("length", ascending=False)
 
 # %% ../../nbs/42_schemas.ipynb #0cf97e6c
-def holm(p_P: np.ndarray) -> np.ndarray:
-    "Family-wise p values by Holm's rule."
-    order = np.argsort(p_P, kind="stable")
-    out = np.empty(len(p_P))
-    out[order] = np.minimum(1, np.maximum.accumulate(p_P[order] * np.arange(len(p_P), 0, -1)))
-    return out
-
 def through_planes(x_D: np.ndarray, p: Planes, n_perm: int = 999, seed: int = 0) -> pd.DataFrame:
     "One vector in every plane, with p values of its ρ."
     rho, psi = (v[:, 0] for v in project(x_D[None], p))
@@ -148,9 +142,10 @@ def through_planes(x_D: np.ndarray, p: Planes, n_perm: int = 999, seed: int = 0)
     shuffled = np.random.default_rng(seed).permuted(np.repeat(x, n_perm, 0), axis=1)  # as good as permuting the basis
     bare = p._replace(basis=Basis(p.basis.vectors_MD, p.basis.names, p.basis.hook, None, p.basis.kind))
     null_PR, isotropic = project(shuffled, bare).rho_PN, rho_chance(rho, x.shape[1])
+    fixed = holm(dict(enumerate(isotropic)))
     def p_of(null): return (1 + (null >= rho[:, None] - 1e-12).sum(1)) / (n_perm + 1)
     return pd.DataFrame({"plane": p.names, "rho": rho, "psi": psi, "cos first": rho * np.cos(psi), "cos second": rho * np.cos(psi - np.arccos(p.cos_P)), "along": contrast_axis(p) @ x[0],
-                         "p isotropic": isotropic, "corrected": holm(isotropic), "p permuted": p_of(null_PR), "corrected, permuted": p_of(null_PR.max(0, keepdims=True))})
+                         "p isotropic": isotropic, "corrected": [fixed[k] for k in range(len(rho))], "p permuted": p_of(null_PR), "corrected, permuted": p_of(null_PR.max(0, keepdims=True))})
 
 def schema_05(x_D: np.ndarray, views: dict[str, Planes], n_perm: int = 999, seed: int = 0) -> pd.DataFrame:
     "Same vector, several planes; p values are corrected over all planes of a kind."

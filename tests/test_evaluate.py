@@ -227,3 +227,15 @@ def test_who_does_not_look_is_at_chance(seed, n):
         right = np.mean([max(i.choices, key=liked.get) == i.choices[i.answer] for i in items])
         assert right == pytest.approx(1 / len(items[0].choices)), name
     assert made == ev.offline_items(texts, n, seed)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6))
+def test_what_is_kept_more_is_paired(seed):
+    """Differences to a control come from the same resamples, so a control that answers like the subject differs by exactly nothing."""
+    g = np.random.default_rng(seed)
+    t = {"x.n": np.full(200, 40.), "x.chance": np.full(200, 10.)} | {f"x.gain.{a}": g.integers(10, 40, 200).astype(float) for a in ("decoder", "tuned")} | {"x.gain.model": np.full(200, 35.)}
+    t["x.gain.twin"] = t["x.gain.decoder"]
+    own, control = (ev.overall(t, ["x"], a, 9, beside=("tuned", "twin")) for a in ("decoder", "tuned"))
+    assert own["retention_gain.twin"][:3] == (0, 0, 0)
+    assert own["retention_gain.tuned"].value == pytest.approx(own["retention"].value - control["retention"].value)

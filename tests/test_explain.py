@@ -13,7 +13,7 @@ from neurocodec.core.lm import tiny
 from neurocodec.core.run import UserError, write_json
 from neurocodec.core.text import Packed, pack
 from neurocodec.decoder.explain import (Case, Confidence, Explanation, agreement, calibrate, confirmed, cut_cases, ece, explain, faith, feature_names, matched, mean_values, narrate,
-                                        ordered, study, tell, to_html, to_terminal, train_narrator, wilson)
+                                        ordered, over_cases, study, tell, to_html, to_terminal, train_narrator)
 from neurocodec.decoder.importance import ablate, model_output
 from neurocodec.decoder.decoder import Pool, borrow_readout, read_pool
 from neurocodec.decoder.policy import Gate
@@ -55,7 +55,7 @@ def test_matched_orders_keep_sizes(seed, k):
 
 def shown(lm, d, output, text):
     lm.encode = lambda texts: (torch.tensor([[1, *map(ord, texts[0])]]) % 96, None)
-    return explain(lm, d, output, 1, text, [f"<img src=x {f}>" for f in range(40)], Confidence(1., [0] * 10, [0] * 10), Gate(40))
+    return explain(lm, d, output, 1, text, [f"<img src=x {f}>" for f in range(40)], Confidence(1., [], [], []), Gate(40))
 
 
 def test_everything_foreign_is_escaped():
@@ -85,7 +85,7 @@ def test_trace_and_rest_are_whole():
 def test_an_output_without_a_narrator_is_told_by_its_ablations():
     lm, d, output, pool = parts("llama")
     case, names = study(output, cut_cases(pool)[0]), [f"name {f}" for f in range(40)]
-    said = tell(lm, output, case, "", names, Confidence(1., [0] * 10, [0] * 10), None).words
+    said = tell(lm, output, case, "", names, Confidence(1., [], [], []), None).words
     assert said.endswith("because of: " + "; ".join(names[f] for f in confirmed(case)))
 
 
@@ -113,7 +113,7 @@ def test_a_temperature_is_kept_only_where_it_helps_on_what_it_was_not_fitted_to(
     g = torch.Generator().manual_seed(seed)
     z = torch.randn(600, 5, generator=g)
     y = z.softmax(-1).multinomial(1, generator=g)[:, 0]
-    t = calibrate(z * scale, y).temperature
+    t = calibrate(z * scale, y, torch.arange(600)).temperature
     assert t == 1 or ece(z[400:] * scale, y[400:], t) < ece(z[400:] * scale, y[400:])
 
 
@@ -135,7 +135,22 @@ def test_names_fall_back_to_tokens():
     assert all(n.startswith("→") for n in feature_names(d, borrow_readout(lm), str, {"features": [{"feature": 0, "label": None, "confident": True}]}))
 
 
-@given(st.integers(0, 200), st.integers(0, 200))
-def test_wilson_holds_the_share(a, b):
-    low, high = wilson(min(a, b), max(a, b))
-    assert 0 <= low <= high <= 1 and (not max(a, b) or low <= min(a, b) / max(a, b) + 1e-12 and high >= min(a, b) / max(a, b) - 1e-12)
+def test_a_confidence_is_judged_by_the_nearest_and_by_documents():
+    sure = np.linspace(.05, .95, 4000)
+    hits = (np.random.default_rng(0).random(4000) < sure).astype(int)
+    def of(p, docs): return Confidence(1., sure.tolist(), hits.tolist(), docs.tolist()).of(torch.tensor([p, 1 - p]).log())
+    for p in (.52, .59, .7):   # the interval goes with the confidence, as a fixed bin would not
+        said, low, high = of(p, np.arange(4000))
+        assert abs(said - p) < 1e-6 and low - .02 < p < high + .02 and high < low + .13
+        assert np.diff(of(p, np.arange(4000) // 100)[1:]) < .25
+    alike = np.tile([0, 1], 2000)   # two documents, each wholly right or wrong: hundreds of tokens are two cases
+    assert Confidence(1., sure.tolist(), alike.tolist(), alike.tolist()).of(torch.zeros(2))[1:] == (0, 1)
+    assert Confidence(1., sure.tolist(), hits.tolist(), [3] * 4000).of(torch.zeros(2))[1:] == (0, 1)   # one document has no interval
+
+
+def test_intervals_are_those_of_documents():
+    from neurocodec.core.text import document_bootstrap
+    g = np.random.default_rng(0)
+    docs, v = g.integers(0, 40, 200), g.normal(size=200)
+    ours, theirs = over_cases(v, docs, 4000), document_bootstrap(np.bincount(docs, v, 40), np.bincount(docs, minlength=40), 4000)
+    assert np.allclose(ours, theirs, atol=.01) and np.isnan(over_cases(v, 0 * docs).low)

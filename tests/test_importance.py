@@ -146,6 +146,9 @@ def test_intervals_are_over_documents():
     y = x * np.exp(rng.normal(size=12))[doc]  # a document's own size is noise that more tokens of it do not average out
     by_doc, by_token = (over_features(d, feature, x, y, n_boot=300) for d in (doc, np.arange(600)))
     assert by_doc.n == 12 and by_doc.low < by_doc.value <= by_doc.high + 1e-9 and by_doc.value == by_token.value
+    x, y = np.exp(feature / 4 + .3 * rng.normal(size=600)), np.exp(feature / 4 + .3 * rng.normal(size=600))
+    near = over_features(doc, feature, x, y, n_boot=300)   # resamples rank with more noise, so most lie below a value near 1
+    assert .9 < near.low < near.value <= near.high <= 1
 
 
 def test_totals_and_shares_add_up():

@@ -7,9 +7,9 @@ __all__ = ['KINDS', 'STARTS', 'TENSORS', 'ABOUT', 'PRECISIONS', 'VIEWS', 'CURVES
            'spread_codes', 'read_codes', 'Pool', 'scored', 'read_pool', 'Readout', 'plain_norm', 'borrow_readout',
            'cap_at', 'DecoderConfig', 'turns', 'rotate', 'Block', 'Decoder', 'create_decoder', 'model_shape',
            'copy_blocks', 'Coordinates', 'TokenRows', 'token_rows', 'save_decoder', 'load_decoder',
-           'TrainDecoderConfig', 'Job', 'shuffle_view', 'token_view', 'autocast', 'Trainer', 'Reader', 'hash_seed',
-           'get_state', 'set_state', 'save_checkpoint', 'load_checkpoint', 'shared_config', 'job_key', 'finished',
-           'train_decoders', 'train_decoder', 'Batch', 'compare', 'climb', 'rungs', 'decoder_arm']
+           'TrainDecoderConfig', 'Job', 'token_view', 'autocast', 'Trainer', 'Reader', 'get_state', 'set_state',
+           'save_checkpoint', 'load_checkpoint', 'shared_config', 'job_key', 'finished', 'train_decoders',
+           'train_decoder', 'Batch', 'compare', 'climb', 'rungs', 'decoder_arm']
 
 # %% ../../nbs/20_decoder.ipynb #c22a4cfb
 import hashlib, json, math, time
@@ -463,19 +463,11 @@ class Job(NamedTuple):
     dictionary: Dictionary | None = None  # whose codes it is shown, None = those of the run's dictionary
     view: str = "codes"      # what it is shown of them, one of VIEWS
 
-def shuffle_view(p: Passage, tokens_BT: Tensor, seed: int) -> Passage:
-    "Codes of another kept position of the batch, drawn at random."
-    g, n = torch.Generator().manual_seed(seed), int(p.keep_BT.sum())
-    order = torch.randperm(n, generator=g).to(p.keep_BT.device)
-    values, indices = p.values_BTk.clone(), p.indices_BTk.clone()
-    values[p.keep_BT], indices[p.keep_BT] = p.values_BTk[p.keep_BT][order], p.indices_BTk[p.keep_BT][order]
-    return p._replace(values_BTk=values, indices_BTk=indices)
-
-def token_view(p: Passage, tokens_BT: Tensor, seed: int) -> Passage:
+def token_view(p: Passage, tokens_BT: Tensor) -> Passage:
     "The token itself in place of features: one feature a token, of size 1."
     return p._replace(values_BTk=p.keep_BT[..., None].float(), indices_BTk=tokens_BT.to(p.keep_BT.device)[..., None])
 
-VIEWS: dict[str, Callable[[Passage, Tensor, int], Passage]] = {"codes": lambda p, tokens_BT, seed: p, "shuffled": shuffle_view, "tokens": token_view}
+VIEWS: dict[str, Callable[[Passage, Tensor], Passage]] = {"codes": lambda p, tokens_BT: p, "tokens": token_view}
 
 # %% ../../nbs/20_decoder.ipynb #0a414e06
 def autocast(config: TrainDecoderConfig, device: torch.device):
@@ -555,7 +547,7 @@ class Reader:
                 h_BTD, keep_BT, last_BTD = _streams(lm, tokens_BT, self.layer, self.packed.doc_NT[rows], self.skip_bos)
                 read = {id(t.dictionary): t.dictionary or self.dictionary for t in trainers.values()}
                 passages, last_nD = {k: spread_codes(d, h_BTD, keep_BT, last_BTD) for k, d in read.items()}, last_BTD[score_BT]
-            for t in trainers.values(): t.begin(VIEWS[t.view](passages[id(t.dictionary)], tokens_BT, hash_seed(c.seed, step, part)), score_BT)
+            for t in trainers.values(): t.begin(VIEWS[t.view](passages[id(t.dictionary)], tokens_BT), score_BT)
             size = max(1, c.max_logits // lm.d_vocab)
             for i in range(0, len(last_nD), size):
                 rows_n = slice(i, i + size)
@@ -563,10 +555,6 @@ class Reader:
                 for t in trainers.values(): t.slice(rows_n, p_nV, len(p_nV) / total)
             for t in trainers.values(): t.end()
         return next((name for name, t in trainers.items() if not t.advance(total)), "")
-
-def hash_seed(*numbers: int) -> int:
-    "One seed from several numbers."
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:6], "big")
 
 # %% ../../nbs/20_decoder.ipynb #ecc26f93
 CHECKPOINT = "checkpoint.safetensors"  # exists only while a training is unfinished
@@ -733,10 +721,10 @@ def rungs(tally: Tally, n_boot: int = 0, seed: int = 0) -> dict[str, np.ndarray]
     out = {k: v / t["n"] for k, v in t.items() if k != "n"}
     return {k.replace("gap_bins", "ece"): v for k, v in out.items()}
 
-def decoder_arm(d: Decoder, view: str = "codes", dictionary: Dictionary | None = None, seed: int = 0) -> Callable[[Batch], Tensor]:
+def decoder_arm(d: Decoder, view: str = "codes", dictionary: Dictionary | None = None) -> Callable[[Batch], Tensor]:
     "A trained decoder as a rung, shown what it was shown in training."
     def logits_nV(b: Batch) -> Tensor:
         p = b.passage if dictionary is None else spread_codes(dictionary, b.h_BTD, b.passage.keep_BT, b.passage.last_BTD)
-        p = VIEWS[view](p, b.tokens_BT, hash_seed(seed, *b.tokens_BT[:, 1].tolist()))
+        p = VIEWS[view](p, b.tokens_BT)
         return d.unembed(d.hidden(p.values_BTk, p.indices_BTk, p.keep_BT)[b.score_BT])
     return logits_nV

@@ -10,7 +10,7 @@ __all__ = ['OPENER', 'QUOTED', 'LIST', 'DEFINED', 'OFFLINE', 'FLOOR', 'LETTERS',
            'overall', 'firm', 'Question', 'boolq', 'logiqa', 'race', 'squad_normal', 'squad_score', 'best_score',
            'squad', 'squad_completion', 'contains', 'gsm8k_normal', 'gsm8k_score', 'gsm8k', 'with_shots', 'boxed',
            'math_normal', 'math_equal', 'math_score', 'math', 'Benchmark', 'local_rows', 'hub_rows', 'as_question',
-           'read_benchmark', 'run_benchmark', 'squad_best', 'reasoning', 'run_benchmarks', 'benchmark_lines']
+           'read_benchmark', 'run_benchmark', 'squad_best', 'reasoning', 'run_benchmarks', 'show', 'benchmark_lines']
 
 # %% ../../nbs/25_evaluate.ipynb #d9230557
 import ast, json, random, re, string
@@ -337,11 +337,12 @@ def rules(t: dict[str, np.ndarray], task: str) -> list[str]:
     "What a task was scored by."
     return [rule for k in t if k.startswith(f"{task}.") and k.endswith(".model") and "." not in (rule := k[len(task) + 1:-len(".model")])]
 
-def overall(t: dict[str, np.ndarray], tasks: Sequence[str], arm: str, n: int, rule: str = "gain") -> dict[str, Estimate]:
-    "Means over the tasks on which the model is well above chance: retention as a quotient of means, and the share of the model's accuracy that is lost."
+def overall(t: dict[str, np.ndarray], tasks: Sequence[str], arm: str, n: int, rule: str = "gain", beside: Sequence[str] = ()) -> dict[str, Estimate]:
+    "Means over the tasks on which the model is well above chance: retention as a quotient of means, how much more of it than each control in `beside` keeps, and the share of the model's accuracy that is lost."
     def mean(what): return np.mean([np.divide(t[f"{k}.{what}"], t[f"{k}.n"], out=np.full(len(t[f"{k}.n"]), np.nan), where=t[f"{k}.n"] > 0) for k in tasks], 0)  # a resample may have no question of a kind
     a, model, chance = mean(f"{rule}.{arm}"), mean(f"{rule}.model"), mean("chance")
-    return {"retention": estimate((a - chance) / (model - chance), n), "accuracy_loss": estimate(1 - a / model, n)}
+    more = {f"retention_gain.{c}": estimate((a - mean(f"{rule}.{c}")) / (model - chance), n) for c in beside}
+    return {"retention": estimate((a - chance) / (model - chance), n), "accuracy_loss": estimate(1 - a / model, n)} | more
 
 def firm(t: dict[str, np.ndarray], tasks: Sequence[str], rule: str = "gain") -> list[str]:
     "The tasks on which the model is at least `FLOOR` above chance."
@@ -634,13 +635,17 @@ def run_benchmarks(panel: Panel, names: Sequence[str], data: str | Path = "", li
         out |= found | {f"{name}.{k}": v for k, v in others.items()}
     return out
 
+def show(e: Estimate | None, digits: int = 2) -> str:
+    "A number with its interval; a dash for what is missing."
+    return "–" if e is None else f"{e.value:.{digits}f} " + ("–" if np.isnan(e.low) else f"[{e.low:.{digits}f}, {e.high:.{digits}f}]")
+
 def benchmark_lines(name: str, questions: Sequence[Question], found: dict[str, Estimate], others: dict[str, float], chance: float | None) -> str:
     "What a benchmark gave: a row a measure, a column a subject."
     base = {"squad": f"who says nothing gets {chance or 0:.3f}"}.get(name) or ("answers are written, so chance is 0" if chance is None else f"chance {chance:.3f}, majority {others['majority']:.3f}")
     rows: dict[str, dict[str, str]] = {}
     for key, e in [*found.items(), *((f"{name}.{k}", v) for k, v in others.items() if k != "majority")]:
         measure, _, arm = key.rpartition(".")
-        rows.setdefault(measure, {})[arm] = f"{e.value:.3f} [{e.low:.3f}, {e.high:.3f}]" if isinstance(e, Estimate) else f"{e:.3f}"
+        rows.setdefault(measure, {})[arm] = show(e, 3) if isinstance(e, Estimate) else f"{e:.3f}"
     lines = [f"{name}: {len(questions)} questions, {base}", pd.DataFrame(rows).T.fillna("").to_string()]
     if not any(k.startswith(f"{name}.") and ".retention." in k and ".target." not in k for k in found): lines.append(f"retention is not reported, the model is less than {100 * FLOOR:.0f} points above chance")
     if any(k.startswith("bleu") for k in others): lines.append("a model that cannot solve such problems writes at the floor of BLEU and chrF; what counts is how far they are above `other`, the solutions of other rows")

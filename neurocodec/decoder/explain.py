@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FRACTIONS', 'Case', 'last_logits', 'study', 'cut_cases', 'ordered', 'matched', 'Faith', 'faith', 'draw_values',
-           'mean_values', 'over_cases', 'Confidence', 'wilson', 'calibrate', 'ece', 'feature_names', 'train_narrator',
-           'narrated', 'narrate', 'confirmed', 'agreement', 'Explanation', 'to_words', 'tell', 'explain', 'to_html',
-           'to_terminal', 'words_prompt', 'verbalise', 'score_words', 'explain_text']
+           'mean_values', 'over_cases', 'Confidence', 'calibrate', 'ece', 'feature_names', 'train_narrator', 'narrated',
+           'narrate', 'confirmed', 'agreement', 'Explanation', 'to_words', 'tell', 'explain', 'to_html', 'to_terminal',
+           'words_prompt', 'verbalise', 'score_words', 'explain_text']
 
 # %% ../../nbs/24_explain.ipynb #c2420fe6
 import re
@@ -19,12 +19,13 @@ from torch import Tensor
 
 from ..core.lm import LM
 from ..core.run import Estimate, Folder, UserError, progress, results
-from ..core.text import Packed, document_bootstrap
+from ..core.text import Packed
 from .decoder import Pool, Readout, load_decoder, read_pool
 from .importance import Output, choices, decoder_output, margin, model_output
 from .policy import Gate
 from ..sae.dictionary import Dictionary
 from ..sae.formats import read_dictionary
+from ..sae.quality import document_draws, estimate
 
 # %% ../../nbs/24_explain.ipynb #595392e2
 class Case(NamedTuple):
@@ -121,37 +122,36 @@ def mean_values(pool: Pool, n_features: int) -> np.ndarray:
 def over_cases(values: np.ndarray, docs: np.ndarray, n_boot: int = 1000, seed: int = 0) -> Estimate:
     "Mean over cases with an interval over their documents."
     _, d = np.unique(docs, return_inverse=True)
-    return document_bootstrap(np.bincount(d, values), np.bincount(d), n_boot, seed)
+    by_doc = np.stack([np.bincount(d, values), np.bincount(d)], 1)
+    total_R2 = np.concatenate([K @ by_doc for K in document_draws(len(by_doc), n_boot if len(by_doc) > 1 else 0, seed)])
+    return estimate(total_R2[:, 0] / total_R2[:, 1], len(by_doc))
 
 # %% ../../nbs/24_explain.ipynb #ca5cbd72
 class Confidence(NamedTuple):
-    "A temperature and what came of predictions of like confidence."
+    "A temperature, and what came of the predictions it was fitted on."
     temperature: float
-    hits: list[int]    # right first choices in ten bins of calibrated confidence
-    counts: list[int]
+    sure: list[float]  # calibrated confidence of each first choice
+    hits: list[int]    # 1 where it was right
+    docs: list[int]    # the document it is from
 
-    def of(self, logits_V: Tensor) -> tuple[float, float, float]:
-        "(calibrated confidence of the first choice, low, high): the interval is of the share that was right in its bin, 95 %."
+    def of(self, logits_V: Tensor, nearest: int = 300) -> tuple[float, float, float]:
+        "(calibrated confidence of the first choice, low, high): 95 % for the share that was right of the `nearest` in confidence; (0, 1) where less than two documents were seen."
         sure = float((logits_V.float() / self.temperature).softmax(-1).max())
-        b = min(9, int(sure * 10))
-        return sure, *wilson(self.hits[b], self.counts[b])
+        near = np.argsort(np.abs(np.array(self.sure) - sure), kind="stable")[:nearest]
+        hits, docs = np.array(self.hits, float)[near], np.array(self.docs)[near]
+        if len(n := np.unique(docs)) < 2: return sure, 0., 1.
+        e = over_cases(hits, docs)
+        unseen = min(1., 3 / len(n)) if e.value in (0, 1) else 0.   # resamples cannot show what no document did: rule of three
+        return sure, e.low - unseen * e.value, e.high + unseen * (1 - e.value)
 
-def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    "Interval of a share; (0, 1) where nothing was seen."
-    if not n: return 0., 1.
-    p, centre = hits / n, (hits + z * z / 2) / (n + z * z)
-    half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** .5 / (1 + z * z / n)
-    return max(0., centre - half), min(1., centre + half)
-
-def calibrate(logits_nV: Tensor, next_n: Tensor) -> Confidence:
-    "The temperature of least cross-entropy, among 61 from 1/4 to 4, or 1 where it does not lower the error on the last third, held out; and the bins under it."
+def calibrate(logits_nV: Tensor, next_n: Tensor, doc_n: Tensor) -> Confidence:
+    "The temperature of least cross-entropy, among 61 from 1/4 to 4, or 1 where it does not lower the error on the last third, held out; and the predictions under it."
     grid, cut = torch.logspace(-2, 2, 61, base=2), max(1, 2 * len(next_n) // 3)
     loss = torch.stack([torch.nn.functional.cross_entropy(logits_nV[:cut] / t, next_n[:cut]) for t in grid])
     t = float(grid[loss.argmin()])
     if not ece(logits_nV[cut:], next_n[cut:], t) < ece(logits_nV[cut:], next_n[cut:]): t = 1.
     top = (logits_nV / t).softmax(-1).max(-1)
-    b_n, hit_n = (top.values * 10).long().clamp(max=9).cpu(), (top.indices == next_n).cpu()
-    return Confidence(t, torch.bincount(b_n[hit_n], minlength=10).tolist(), torch.bincount(b_n, minlength=10).tolist())
+    return Confidence(t, [round(x, 4) for x in top.values.tolist()], (top.indices == next_n).int().tolist(), doc_n.tolist())
 
 def ece(logits_nV: Tensor, next_n: Tensor, temperature: float = 1., bins: int = 15) -> float:
     "Expected calibration error of first choices."
@@ -201,17 +201,16 @@ def confirmed(case: Case, n: int = 5) -> list[int]:
     "The features of the largest absolute exact effect."
     return case.features_k[ordered(np.abs(case.effect_k), case.values_k > 0)[:n]].tolist()
 
-def agreement(said: list[int], case: Case, names: list[str] | None = None, n: int = 5) -> float:
-    "Share of the named features that ablation confirms; with `names`, of the words instead of the numbers."
-    call = (lambda f: names[f]) if names else (lambda f: f)
-    return len({call(f) for f in said} & {call(f) for f in confirmed(case, n)}) / max(1, len({call(f) for f in said}))
+def agreement(said: list[int], case: Case, n: int = 5) -> float:
+    "Share of the named features that ablation confirms."
+    return len(set(said) & set(confirmed(case, n))) / max(1, len(set(said)))
 
 # %% ../../nbs/24_explain.ipynb #32b50e77
 class Explanation(NamedTuple):
     "One explained prediction, ready to be shown."
     text: str
     choices: list[tuple[str, float]]           # likeliest next tokens with calibrated probabilities
-    low: float                                 # of the share that is right at such confidence
+    low: float                                 # of the share that was right of the predictions nearest in confidence
     high: float
     trace: list[tuple[int, str, float, float]] # feature, name, activation, exact effect on the margin in nats; strongest first
     rest: float                                # share of the absolute effects that falls on features not in the trace
@@ -250,7 +249,7 @@ def to_html(e: Explanation) -> Markup:
     rows = Markup("").join(Markup('<tr>{}{}{}<td><span style="display:inline-block;height:.6em;width:{}em;background:{}"></span> {}</td></tr>').format(
         cell(f), cell(name), cell(f"{v:.2f}"), f"{8 * abs(x) / widest:.2f}", "#3b7dd8" if x > 0 else "#d9822b", f"{x:+.2f}") for f, name, v, x in e.trace)
     others = Markup(", ").join(Markup("<code>{}</code> {}").format(repr(t), f"{p:.0%}") for t, p in e.choices[1:])
-    return Markup('<div class="nc-explain"><p><strong>Input</strong> <code>{}</code></p><p><strong>Prediction</strong> <code>{}</code>, confidence {} (right in {} to {} of such cases); then {}</p>'
+    return Markup('<div class="nc-explain"><p><strong>Input</strong> <code>{}</code></p><p><strong>Prediction</strong> <code>{}</code>, confidence {} (of the nearest in confidence {} to {} were right); then {}</p>'
                   "<table><thead><tr><th>feature</th><th>name</th><th>activation</th><th>effect, nats</th></tr></thead><tbody>{}</tbody></table><p>{} of the effects on other features.</p>"
                   "<p><strong>In words</strong> {}</p></div>").format(e.text, repr(first[0]), f"{first[1]:.0%}", f"{e.low:.0%}", f"{e.high:.0%}", others, rows, f"{e.rest:.0%}", e.words)
 
@@ -262,7 +261,7 @@ def to_terminal(e: Explanation):
     from rich.text import Text
     table, widest = Table("feature", "name", "activation", "effect, nats"), max([abs(x[3]) for x in e.trace] + [1e-9])
     for f, name, v, x in e.trace: table.add_row(str(f), Text(name), f"{v:.2f}", Text(f"{x:+.2f} " + "█" * round(12 * abs(x) / widest), "blue" if x > 0 else "yellow"))
-    said = f"{e.choices[0][0]!r}, confidence {e.choices[0][1]:.0%} (right in {e.low:.0%} to {e.high:.0%} of such cases); then " + ", ".join(f"{t!r} {p:.0%}" for t, p in e.choices[1:])
+    said = f"{e.choices[0][0]!r}, confidence {e.choices[0][1]:.0%} (of the nearest in confidence {e.low:.0%} to {e.high:.0%} were right); then " + ", ".join(f"{t!r} {p:.0%}" for t, p in e.choices[1:])
     return Group(Panel(Text(e.text), title="input"), Panel(Text(said), title="prediction"), table, Text(f"{e.rest:.0%} of the effects on other features"), Panel(Text(e.words), title="in words"))
 
 # %% ../../nbs/24_explain.ipynb #ab99ae4f
@@ -278,18 +277,22 @@ def verbalise(ask: Callable[[str], str], e: Explanation) -> str:
     if not isinstance(said, str) or not said.strip(): raise UserError("the labeller gave no text; try again, or another labeller")
     return said.strip()
 
-def score_words(ask: Callable[[list[str]], list[str | None]], told: list[Explanation], prose: list[str | None], seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    "((n,) by the case's own prose, (n,) by that of the case before it): 1 where a reader of the prose alone picks the predicted token of five; no number is a wrong one."
+def score_words(ask: Callable[[list[str]], list[str | None]], told: list[Explanation], prose: list[str | None], seed: int = 0) -> dict[str, np.ndarray]:
+    """1 where a reader picks the predicted token of five, (n,) each: from the case's `own` prose, that of the case before it (`other`), the features' `names` alone, or the `text` alone.
+
+    An answer without a number is a wrong one."""
     rng, prompts, right = np.random.default_rng(seed), [], []
+    trace, by = "what a language model went by when it predicted the next token", ("own", "other", "names", "text")
     for i, e in enumerate(told):
         order = rng.permutation(len(e.choices))
         tokens = "\n".join(f"{k}: {e.choices[j][0]!r}" for k, j in enumerate(order, 1))
-        right += [int(order.argmin()) + 1] * 2   # choices begin with the predicted token
-        prompts += [f"An explanation of what a language model went by when it predicted the next token:\n{' '.join((text or '').split())}\n\n"
-                    f"Which of these tokens did it predict? Answer with its number and nothing else.\n{tokens}" for text in (prose[i], prose[i - 1])]
+        right += [int(order.argmin()) + 1] * len(by)   # choices begin with the predicted token
+        seen = [(f"An explanation of {trace}", prose[i]), (f"An explanation of {trace}", prose[i - 1]), (f"Names of {trace}", "; ".join(x[1] for x in e.trace)),
+                ("The text after which a language model predicted the next token", repr(e.text))]
+        prompts += [f"{head}:\n{' '.join((text or '').split())}\n\nWhich of these tokens did it predict? Answer with its number and nothing else.\n{tokens}" for head, text in seen]
     number = [re.search(r"\d+", said or "") for said in ask(prompts)]
     hits = np.array([n is not None and n[0] == str(r) for n, r in zip(number, right)], float)
-    return hits[::2], hits[1::2]
+    return {name: hits[k::len(by)] for k, name in enumerate(by)}
 
 # %% ../../nbs/24_explain.ipynb #f1521040
 def explain_text(text: str, run: str, layer: int, which: str = "model", top: int = 10) -> Explanation:

@@ -181,7 +181,7 @@ def same_sign(x_RN: np.ndarray, y_RN: np.ndarray, w_RN: np.ndarray) -> np.ndarra
 
 # %% ../../nbs/22_importance.ipynb #0c67cc30
 def over_features(doc_N, feature_N, x_N, y_N, statistic: Statistic = spearman, n_boot: int = 1000, seed: int = 0) -> Estimate:
-    "A statistic of features' mean |x| and mean |y| over N occurrences, with an interval over documents."
+    "A statistic of features' mean |x| and mean |y| over N occurrences, with an interval over documents that is corrected for the bias of resampling."
     docs, d_N = np.unique(doc_N, return_inverse=True)
     features, f_N = np.unique(feature_N, return_inverse=True)
     sums, values = np.zeros((3, len(docs), len(features))), []
@@ -189,7 +189,9 @@ def over_features(doc_N, feature_N, x_N, y_N, statistic: Statistic = spearman, n
     for K in document_draws(len(docs), n_boot, seed):
         n_RF, x_RF, y_RF = (K @ s for s in sums)
         values.append(statistic(x_RF / n_RF.clip(1), y_RF / n_RF.clip(1), (n_RF > 0).astype(float)))
-    return estimate(np.concatenate(values), len(docs))
+    values = np.concatenate(values)
+    e, off = estimate(values, len(docs)), values[0] - np.median(values[1:])   # what lies above all resamples has no bias-corrected percentile (BC), so they are moved
+    return e._replace(low=max(-1., e.low + off), high=min(1., e.high + off))
 
 def over_occurrences(doc_N, x_N, y_N, statistic: Statistic = spearman, n_boot: int = 1000, seed: int = 0) -> Estimate:
     "The same of the occurrences themselves, signs and all."

@@ -657,9 +657,11 @@ def score_rules(
 
 # %% ../../nbs/23_labels.ipynb #b68c5ad9
 def summary(s: Scores, parts: int = 40) -> dict[str, Estimate]:
-    "Share of confident labels, mean detection of own and of deranged labels, and the difference, over live features; n counts documents."
+    """Share of confident labels, mean detection of own and of deranged labels, and the difference, over live features; n counts documents.
+
+    With several swaps also `share.deranged`: what the last one's labels reach over the bar of the others."""
     live, F, L = np.concatenate([np.zeros(0, int), *s.groups]), s.tallies.on_DF.shape[1], s.tallies.hit_DLF.shape[1]
-    names = ("share", "detection", "detection.deranged", "gain")
+    names = ("share", "detection", "detection.deranged", "gain", *(["share.deranged"] if L > 2 else []))
     if len(live) == 0 or s.docs < 2: return {k: Estimate(float("nan"), float("nan"), float("nan"), s.docs) for k in names}
     by_part = np.zeros((min(parts, s.docs), (2 * L + 2) * F))
     np.add.at(by_part, np.arange(s.docs) % len(by_part), np.concatenate([x.reshape(len(x), -1) for x in s.tallies], axis=1))
@@ -673,7 +675,7 @@ def summary(s: Scores, parts: int = 40) -> dict[str, Estimate]:
     def afresh(row_M):
         d = Tallies(*(x.reshape(1, *shape) for x, shape in zip(np.split(row_M, np.cumsum([L * F, L * F, F])), ((L, F), (L, F), (F,), (F,))))).detection()
         own, other = np.nan_to_num(d[0, live], nan=.5).mean(), np.nan_to_num(d[1:, live], nan=.5).mean()
-        return {"share": confident(d, s.groups)[0][live].mean(), "detection": own, "detection.deranged": other, "gain": own - other}
+        return {"share": confident(d, s.groups)[0][live].mean(), "share.deranged": confident(d[[-1, *range(1, L - 1)]], s.groups)[0][live].mean(), "detection": own, "detection.deranged": other, "gain": own - other}
     found = {k: jackknife(lambda rows, k=k: np.array([1 + of(r)[k] for r in rows]), by_part, 2.) for k in names}  # a gain may be negative, which the jackknife does not expect
     return {k: Estimate(e.value - 1, max(e.low - 1, -1. if k == "gain" else 0.), e.high - 1, s.docs) for k, e in found.items()}
 
@@ -736,7 +738,7 @@ class Server:
         self.name, self.workers, self.model, self.max_tokens = f"server:{model} at {base_url.rstrip('/')}, {max_tokens} tokens", workers, model, max_tokens
         self.prices, self.budget, self.tries, self.wait, self.not_before = (price_in, price_out), budget, tries, wait, 0.
         self.client = httpx.Client(base_url=base_url.rstrip("/") + "/", timeout=httpx.Timeout(timeout, connect=10), headers={"Authorization": f"Bearer {key}"} if key else {})
-        self.timeout, self.late, self.errors = timeout, httpx.ReadTimeout, httpx.HTTPError
+        self.timeout, self.unsent, self.late, self.errors = timeout, (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout), httpx.ReadTimeout, httpx.HTTPError
 
     def announce(self, prompts: list[str]) -> None:
         "Say what is about to be asked and what it may cost; a UserError above the budget."
@@ -754,8 +756,9 @@ class Server:
             time.sleep(max(0., self.not_before - time.monotonic()))
             pause = min(60., self.wait * 2**attempt)
             try: r = self.client.post("chat/completions", json=body, headers=headers)
+            except self.unsent as e: failure = f"{type(e).__name__}: {e}"[:200]
             except self.late: return Reply(None, f"no answer within {self.timeout:g} s; ask for fewer with per_prompt")  # it may be paid for
-            except self.errors as e: failure = f"{type(e).__name__}: {e}"[:200]
+            except self.errors as e: return Reply(None, f"connection lost, {type(e).__name__}: {e}"[:200])  # so may what was lost on the way back
             else:
                 if r.status_code == 200: return _content(r)
                 failure = f"HTTP {r.status_code}"

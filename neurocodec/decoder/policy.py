@@ -635,8 +635,9 @@ def measure(policy: Policy, lm, pool: Pool, rule: Rule, w: Weights, start: Decod
         log_q_nV, log_p_nV, next_n, doc_n = policy.log_q(b, z_BTk), frozen_rows(lm, b, 1), b.next_BT[at], b.doc_BT[at.cpu()]
         r, (faithful_n, right_n) = reading(log_p_nV, log_q_nV, next_n), expected_token_reward(log_p_nV, log_q_nV, next_n, w)
         top_n, kept_n = log_p_nV.argmax(-1), (z_BTk > 0).sum(-1)[at]
+        even_n = w.beta * sparsity_reward(b.values_BTk, z_BTk)[at]
         out.add(doc_n, n=torch.ones(len(doc_n)), kl=r.kl, reverse=r.reverse, agreement=(log_q_nV.argmax(-1) == top_n).float(), accuracy=r.hit, frozen_accuracy=(top_n == next_n).float(),
-                l0=kept_n, entropy=torch.special.entr(log_q_nV.exp()).sum(-1), composite=faithful_n + right_n + w.beta * sparsity_reward(b.values_BTk, z_BTk)[at])
+                l0=kept_n, entropy=torch.special.entr(log_q_nV.exp()).sum(-1), sparsity=even_n, composite=faithful_n + right_n + even_n)
         if start is not None:
             first_nV = Policy(policy.gate, start).log_q(b, every_feature(b))
             out.add(doc_n, to_start=reading(first_nV, log_q_nV, next_n).kl)

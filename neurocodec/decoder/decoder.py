@@ -7,9 +7,8 @@ __all__ = ['KINDS', 'STARTS', 'TENSORS', 'ABOUT', 'PRECISIONS', 'VIEWS', 'CURVES
            'spread_codes', 'read_codes', 'Pool', 'scored', 'read_pool', 'Readout', 'plain_norm', 'borrow_readout',
            'cap_at', 'DecoderConfig', 'turns', 'rotate', 'Block', 'Decoder', 'create_decoder', 'model_shape',
            'copy_blocks', 'Coordinates', 'TokenRows', 'token_rows', 'save_decoder', 'load_decoder',
-           'TrainDecoderConfig', 'Job', 'token_view', 'autocast', 'Trainer', 'Reader', 'get_state', 'set_state',
-           'save_checkpoint', 'load_checkpoint', 'shared_config', 'job_key', 'finished', 'train_decoders',
-           'train_decoder', 'Batch', 'compare', 'climb', 'rungs', 'decoder_arm']
+           'TrainDecoderConfig', 'Job', 'token_view', 'autocast', 'Trainer', 'Reader', 'shared_config', 'job_key',
+           'finished', 'train_decoders', 'train_decoder', 'Batch', 'compare', 'climb', 'rungs', 'decoder_arm']
 
 # %% ../../nbs/20_decoder.ipynb #c22a4cfb
 import hashlib, json, math, time
@@ -21,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from fastcore.basics import patch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -34,6 +33,7 @@ from ..sae.activations import kept_tokens, opening_token
 from ..sae.dictionary import Dictionary
 from ..sae.quality import Tally, estimate
 from ..sae.sparse import Codes, steady_sum
+from ..sae.train import adam_tensors, below, clean_up, load_adam, load_checkpoint, save_checkpoint
 
 # %% ../../nbs/20_decoder.ipynb #02a2e89d
 class Passage(NamedTuple):
@@ -540,7 +540,7 @@ class Reader:
         c, lm = self.config, self.lm
         rows_B = self.order_N[step * c.batch:(step + 1) * c.batch]
         total = max(1, int(self.score_NT[rows_B].sum()))
-        for part, rows in enumerate(rows_B.chunk(c.accumulate)):
+        for rows in rows_B.chunk(c.accumulate):
             tokens_BT, score_BT = self.packed.tokens_NT[rows], self.score_NT[rows].to(lm.device)
             if not score_BT.any(): continue
             with torch.no_grad():
@@ -559,34 +559,17 @@ class Reader:
 # %% ../../nbs/20_decoder.ipynb #ecc26f93
 CHECKPOINT = "checkpoint.safetensors"  # exists only while a training is unfinished
 
-def get_state(t: Trainer) -> dict[str, Tensor]:
+@patch
+def state(self: Trainer) -> dict[str, Tensor]:
     "Everything that the next step depends on."
-    out = {f"decoder.{k}": v for k, v in t.decoder.state_dict().items()}
-    for i, s in t.optimizer.state_dict()["state"].items(): out |= {f"adam.{i}.{k}": v for k, v in s.items()}
-    return out | {"curves_SC": t.curves_SC[:t.step]}
+    return {f"decoder.{k}": v for k, v in self.decoder.state_dict().items()} | adam_tensors(self.optimizer) | {"curves_SC": self.curves_SC[:self.step]}
 
-def set_state(t: Trainer, tensors: dict[str, Tensor], step: int) -> None:
-    "Put a trainer where `get_state` was taken."
-    def below(prefix): return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    t.decoder.load_state_dict(below("decoder."))
-    adam = t.optimizer.state_dict()
-    adam["state"] = {i: below(f"adam.{i}.") for g in adam["param_groups"] for i in g["params"] if below(f"adam.{i}.")}
-    t.optimizer.load_state_dict(adam)
-    t.curves_SC[:step], t.step = tensors["curves_SC"], step
-
-def save_checkpoint(path: Path, trainers: dict[str, Trainer], step: int, key: str) -> None:
-    "Write the state of all trainers, atomically."
-    tensors = {f"{name}/{k}": v.detach().cpu().contiguous() for name, t in trainers.items() for k, v in get_state(t).items()}
-    with atomic(path) as part: save_file(tensors, part, metadata={"about": json.dumps({"step": step, "key": key})})
-
-def load_checkpoint(path: Path, trainers: dict[str, Trainer], key: str) -> int:
-    "Bring the trainers to where the checkpoint was taken and return its step; 0 where there is none for this `key`."
-    if not path.exists(): return 0
-    tensors = read_tensors(path)
-    with safe_open(path, "pt") as f: about = json.loads(f.metadata()["about"])
-    if about["key"] != key: return 0
-    for name, t in trainers.items(): set_state(t, {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")}, about["step"])
-    return about["step"]
+@patch
+def restore(self: Trainer, tensors: dict[str, Tensor], step: int) -> None:
+    "Go to where `state` was taken."
+    self.decoder.load_state_dict(below(tensors, "decoder."))
+    load_adam(self.optimizer, tensors)
+    self.curves_SC[:step], self.step = tensors["curves_SC"], step
 
 # %% ../../nbs/20_decoder.ipynb #47349c17
 def shared_config(jobs: dict[str, Job]) -> TrainDecoderConfig:
@@ -641,7 +624,7 @@ def train_decoders(
     "Train several decoders on the same batches; killed at any moment, the same call resumes to the same bytes."
     folder, config, key = Path(folder), shared_config(jobs), job_key(lm, dictionary, packed, layer, jobs, skip_bos)
     if done := finished(folder, jobs, key): return done
-    for p in folder.glob(".*.tmp"): p.unlink()  # what a kill in the middle of an atomic write left behind
+    clean_up(folder)
     reader, trainers = Reader(lm, dictionary, layer, packed, config, skip_bos), {name: Trainer(job) for name, job in jobs.items()}
     first, saved = load_checkpoint(folder/CHECKPOINT, trainers, key), time.monotonic()
     log, stretch = tracker(first) if tracker else None, max(1, config.n_steps // 100)

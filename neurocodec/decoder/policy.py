@@ -8,9 +8,9 @@ __all__ = ['CONCENTRATION', 'REWARDS', 'ARMS', 'HARD', 'CURVES', 'CHECKPOINT', '
            'leave_one_out', 'to_go', 'Surrogate', 'surrogate', 'hashed', 'replaced', 'Schedule', 'three',
            'PolicyConfig', 'Parts', 'frozen_rows', 'forward_kl', 'gate_entropy', 'ppo_loss', 'Critic', 'gae',
            'explained', 'Episode', 'continue_texts', 'episode_step', 'hard_concrete', 'hard_concrete_open', 'keep_top',
-           'expected_token_reward', 'draw_gates', 'direct_loss', 'PolicyTrainer', 'policy_tensors', 'get_state',
-           'set_state', 'training_key', 'train_policy', 'every_feature', 'own_gate', 'shared_chance', 'drawn_gate',
-           'attribution', 'top_rule', 'measure', 'Equivalence', 'tost', 'paired', 'holm']
+           'expected_token_reward', 'draw_gates', 'direct_loss', 'PolicyTrainer', 'policy_tensors', 'training_key',
+           'train_policy', 'every_feature', 'own_gate', 'shared_chance', 'drawn_gate', 'attribution', 'top_rule',
+           'measure', 'Equivalence', 'tost', 'paired', 'holm']
 
 # %% ../../nbs/21_policy.ipynb #d1db8e90
 import copy, hashlib, json, math, time
@@ -22,7 +22,6 @@ import numpy as np
 import pandas as pd
 import torch
 from fastcore.basics import patch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy import stats
 from torch import Tensor, nn
@@ -32,6 +31,7 @@ from ..core.lens import reading
 from ..core.run import UserError, atomic, must, progress, read_tensors
 from .decoder import Decoder, Pool, read_codes
 from ..sae.quality import Tally
+from ..sae.train import adam_tensors, below, load_adam, load_checkpoint, save_checkpoint
 
 # %% ../../nbs/21_policy.ipynb #0029c290
 class Gate(nn.Module):
@@ -535,21 +535,18 @@ def policy_tensors(policy: Policy) -> dict[str, Tensor]:
     "The weights by name, on the CPU."
     return {k: v.detach().cpu().contiguous() for k, v in policy.state_dict().items()}
 
-def get_state(t: PolicyTrainer) -> dict[str, Tensor]:
+@patch
+def state(self: PolicyTrainer) -> dict[str, Tensor]:
     "Everything that the next step depends on."
-    out = {f"policy.{k}": v for k, v in policy_tensors(t.policy).items()} | {f"critic.{k}": v.detach().cpu() for k, v in t.critic.state_dict().items()}
-    for i, s in t.optimizer.state_dict()["state"].items(): out |= {f"adam.{i}.{k}": v.detach().cpu() for k, v in s.items()}
-    return out | {"curves_SC": t.curves_SC[:t.step].clone(), "factors": torch.tensor(t.factors, dtype=torch.float64)}
+    modules = {f"{name}.{k}": v for name in ("policy", "critic") for k, v in getattr(self, name).state_dict().items()}
+    return modules | adam_tensors(self.optimizer) | {"curves_SC": self.curves_SC[:self.step], "factors": torch.tensor(self.factors, dtype=torch.float64)}
 
-def set_state(t: PolicyTrainer, tensors: dict[str, Tensor], step: int) -> None:
-    "Put a trainer where `get_state` was taken."
-    def below(prefix): return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    t.policy.load_state_dict(below("policy.")); t.critic.load_state_dict(below("critic."))
-    adam = t.optimizer.state_dict()
-    count = sum(len(x["params"]) for x in adam["param_groups"])
-    adam["state"] = {i: below(f"adam.{i}.") for i in range(count) if below(f"adam.{i}.")}
-    t.optimizer.load_state_dict(adam)
-    t.curves_SC[:step], t.factors, t.step = tensors["curves_SC"], tuple(tensors["factors"].tolist()), step
+@patch
+def restore(self: PolicyTrainer, tensors: dict[str, Tensor], step: int) -> None:
+    "Go to where `state` was taken."
+    for name in ("policy", "critic"): getattr(self, name).load_state_dict(below(tensors, f"{name}."))
+    load_adam(self.optimizer, tensors)
+    self.curves_SC[:step], self.factors, self.step = tensors["curves_SC"], tuple(tensors["factors"].tolist()), step
 
 def training_key(t: PolicyTrainer) -> str:
     "Digest of the start, the data and everything asked for: a checkpoint is continued only under the same one."
@@ -571,9 +568,7 @@ def train_policy(
     "Train a policy; killed at any moment, the same call resumes to the same bytes. A loss that is not finite is a UserError."
     folder, t = Path(folder), PolicyTrainer(policy, lm, pool, config)
     key, path, saved = training_key(t), folder/CHECKPOINT, time.monotonic()
-    if path.exists():
-        with safe_open(path, "pt") as f: about = json.loads(f.metadata()["about"])
-        if about["key"] == key: set_state(t, read_tensors(path), about["step"])
+    load_checkpoint(path, {"policy": t}, key)
     log, stretch = tracker(t.step) if tracker else None, max(1, config.steps // 200)
     def phase(step): return config.schedule.phase(config.at(step))
     for step in progress(range(t.step, config.steps), total=config.steps, initial=t.step, desc=f"{config.arm}, {config.reward} rewards" if config.arm == "ppo" else config.arm):
@@ -582,7 +577,7 @@ def train_policy(
         if phases and (step + 1 == config.steps or phase(step + 1) != phase(step)):
             with atomic(folder/f"phase{phase(step) + 1}.safetensors") as part: save_file(policy_tensors(policy), part)
         if time.monotonic() - saved > save_every and step + 1 < config.steps:
-            with atomic(path) as part: save_file(get_state(t), part, metadata={"about": json.dumps({"step": step + 1, "key": key})})
+            save_checkpoint(path, {"policy": t}, step + 1, key)
             saved = time.monotonic()
     if log: log.close()
     path.unlink(missing_ok=True)

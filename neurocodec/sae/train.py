@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['REVIVALS', 'RECIPES', 'CHOOSING', 'CURVES', 'CHECKPOINT', 'TrainConfig', 'auto_lr', 'lr_factor', 'with_recipe',
-           'pressure', 'k_at', 'own_share', 'combine', 'Trainer', 'get_state', 'set_state', 'save_checkpoint',
-           'load_checkpoint', 'Job', 'train_many', 'spawn', 'shared_config', 'job_key', 'curve_table', 'finish',
-           'finished', 'train', 'pretrained_spec', 'check_place', 'read_curves']
+           'pressure', 'k_at', 'own_share', 'combine', 'Trainer', 'below', 'adam_tensors', 'load_adam',
+           'save_checkpoint', 'load_checkpoint', 'clean_up', 'Job', 'train_many', 'spawn', 'shared_config', 'job_key',
+           'curve_table', 'finish', 'finished', 'train', 'pretrained_spec', 'check_place', 'read_curves']
 
 # %% ../../nbs/13_train.ipynb #7d35efc5
 import hashlib, json, math, os, re, tempfile, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import pandas as pd
 import torch
 import torch.distributed as dist
+from fastcore.basics import patch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -175,38 +176,50 @@ class Trainer:
         return (t + 1) * c.batch // self.window > t * c.batch // self.window and c.warmup <= (t + 1) / c.n_steps <= 1 - c.decay
 
 # %% ../../nbs/13_train.ipynb #dde289cd
-def get_state(trainer: Trainer) -> dict[str, Tensor]:
+def below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    "The tensors whose names begin with `prefix`, without it."
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+def adam_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    "The moments of an optimizer as `adam.<parameter>.<what>`."
+    return {f"adam.{i}.{k}": v for i, s in optimizer.state_dict()["state"].items() for k, v in s.items()}
+
+def load_adam(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    "Put an optimizer where `adam_tensors` was taken."
+    adam = optimizer.state_dict()
+    adam["state"] = {i: s for g in adam["param_groups"] for i in g["params"] if (s := below(tensors, f"adam.{i}."))}
+    optimizer.load_state_dict(adam)
+
+@patch
+def state(self: Trainer) -> dict[str, Tensor]:
     "Everything that the next step depends on."
-    out = {f"dictionary.{k}": v for k, v in trainer.dictionary.state_dict().items()}
-    for i, s in trainer.optimizer.state_dict()["state"].items(): out |= {f"adam.{i}.{k}": v for k, v in s.items()}
-    return out | {"curves_SC": trainer.curves_SC[:trainer.step]}
+    return {f"dictionary.{k}": v for k, v in self.dictionary.state_dict().items()} | adam_tensors(self.optimizer) | {"curves_SC": self.curves_SC[:self.step]}
 
-def set_state(trainer: Trainer, tensors: dict[str, Tensor], step: int) -> None:
-    "Put a trainer where `get_state` was taken."
-    def below(prefix):
-        "The tensors whose names begin with `prefix`, without it."
-        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    trainer.dictionary.load_state_dict(below("dictionary."))
-    adam = trainer.optimizer.state_dict()
-    adam["state"] = {i: below(f"adam.{i}.") for i in range(len(adam["param_groups"][0]["params"])) if below(f"adam.{i}.")}
-    trainer.optimizer.load_state_dict(adam)
-    trainer.curves_SC[:step] = tensors["curves_SC"].to(trainer.device)
-    trainer.step = step
+@patch
+def restore(self: Trainer, tensors: dict[str, Tensor], step: int) -> None:
+    "Go to where `state` was taken."
+    self.dictionary.load_state_dict(below(tensors, "dictionary."))
+    load_adam(self.optimizer, tensors)
+    self.curves_SC[:step], self.step = tensors["curves_SC"].to(self.device), step
 
-def save_checkpoint(path: Path, trainers: dict[str, Trainer], step: int, key: str) -> None:
-    "Write the state of all trainers, atomically."
-    tensors = {f"{name}/{k}": v.detach().cpu().contiguous() for name, t in trainers.items() for k, v in get_state(t).items()}
+# %% ../../nbs/13_train.ipynb #ff73e20d
+def save_checkpoint(path: Path, trainers: dict[str, Any], step: int, key: str) -> None:
+    "Write the `state` of all trainers, atomically."
+    tensors = {f"{name}/{k}": v.detach().cpu().contiguous() for name, t in trainers.items() for k, v in t.state().items()}
     with atomic(path) as part: save_file(tensors, part, metadata={"about": json.dumps({"step": step, "key": key})})
 
-def load_checkpoint(path: Path, trainers: dict[str, Trainer], key: str) -> int:
+def load_checkpoint(path: Path, trainers: dict[str, Any], key: str) -> int:
     "Bring the trainers to where the checkpoint was taken and return its step; 0 where there is none for this `key`."
     if not path.exists(): return 0
     tensors = read_tensors(path)
     with safe_open(path, "pt") as f: about = json.loads(f.metadata()["about"])
     if about["key"] != key: return 0
-    for name, t in trainers.items():
-        set_state(t, {k.removeprefix(f"{name}/"): v for k, v in tensors.items() if k.startswith(f"{name}/")}, about["step"])
+    for name, t in trainers.items(): t.restore(below(tensors, f"{name}/"), about["step"])
     return about["step"]
+
+def clean_up(folder: Path) -> None:
+    "Remove what a kill in the middle of a write left behind: our temporary files and the safetensors library's."
+    for p in (*folder.glob(".*.tmp"), *folder.glob(".tmp*")): p.unlink()
 
 # %% ../../nbs/13_train.ipynb #5cac18fe
 CHECKPOINT = "checkpoint.safetensors"  # exists only while a run is unfinished
@@ -232,7 +245,7 @@ def train_many(
         return finished(folder, jobs, key)
     first_process = not dist.is_initialized() or dist.get_rank() == 0
     if first_process:
-        for p in folder.glob(".*.tmp"): p.unlink()  # what a kill in the middle of an atomic write left behind
+        clean_up(folder)
     trainers = {name: Trainer(store, *job) for name, job in jobs.items()}
     first, saved = load_checkpoint(folder/CHECKPOINT, trainers, key), time.monotonic()
     log, stretch = tracker(first) if tracker and first_process else None, max(1, config.n_steps // 200)

@@ -19,7 +19,6 @@ def toy_run(results):
 def test_app_in_a_browser(toy_run, tmp_path):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
-    from selenium.webdriver.support.ui import Select
     with open_app("clamp", "toy", tmp_path) as (driver, wait, foreign):
         def button(text): return next(b for b in driver.find_elements(By.CSS_SELECTOR, ".nc-app button") if b.text == text)
         def texts(): return [x.text for x in driver.find_elements(By.CSS_SELECTOR, ".nc-text pre")]
@@ -37,17 +36,6 @@ def test_app_in_a_browser(toy_run, tmp_path):
         wait(lambda: texts()[0] != texts()[1], "a neuron set to 300 at every position changed nothing")
         said = driver.find_element(By.CSS_SELECTOR, ".nc-app").text
         assert "they part at token" in said and "hooks left on the model: 0" in said and "300.00" in said
-
-        button("feature").click()                                          # a second push, of another kind, at the newest position only
-        where = next(s for s in driver.find_elements(By.CSS_SELECTOR, ".nc-app select") if [o.text for o in s.find_elements(By.TAG_NAME, "option")] == ["all", "last"])
-        Select(where).select_by_visible_text("last")
-        button("add push").click()
-        wait(lambda: len(pushes()) == 2, "the second push is not listed")
-        before = texts()[1]
-        button("write").click()
-        wait(lambda: "feature 0, layer 2: set 300, last" in [x.text for x in driver.find_elements(By.CSS_SELECTOR, ".nc-app td")], "two pushes were not written under")
-        assert texts()[1] != before, "a feature set to 300 at the last position changed nothing"
-        assert "neuron 0, layer 2: set 300, all" in (said := driver.find_element(By.CSS_SELECTOR, ".nc-app").text) and "hooks left on the model: 0" in said
 
         box = driver.find_element(By.CSS_SELECTOR, ".widget-textarea textarea")
         box.clear(); box.send_keys(Keys.TAB)

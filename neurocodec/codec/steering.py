@@ -424,7 +424,7 @@ class Kit(NamedTuple):
     length: float             # median length of the stream there
     method: str               # the one that was chosen
     spots: dict[str, float]   # method → strength found on select
-    names: list[str]          # of the themes
+    names: list[str]          # of the themes, and of the domain each is steered towards
     words: list[str]          # of each theme, for the eye
     directions: list[Direction]
     judge: Judge

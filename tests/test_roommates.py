@@ -10,7 +10,7 @@ from scipy.stats import binomtest
 from conftest import model_and_text
 from neurocodec.codec.concepts import ConceptConfig, World, firings, shifted
 from neurocodec.codec.roommates import (
-    KINDS, TAX, alike, area, contrast, count_pairs, dealt, differences, feature_variance, interference, judge, mantel_haenszel, moved_apart, partial_spearman, path_gain, room_limits, rooms, roommate_pairs, sign_flips)
+    KINDS, TAX, alike, area, at_random, contrast, count_pairs, dealt, differences, feature_variance, interference, judge, mantel_haenszel, moved_apart, partial_spearman, path_gain, room_limits, rooms, roommate_pairs, sharing, sign_flips)
 from neurocodec.codec.squeezer import Sample, Squeezer, SqueezerConfig, keep_strongest, read_through, take_sample, through, train_squeezer
 from neurocodec.core.run import UserError
 from neurocodec.sae.activations import kept_tokens
@@ -102,6 +102,22 @@ def test_shifted_codes_hold_nothing(code):
     apart = shifted(f, np.random.default_rng(0))
     null = judge(ask((apart, doc, alike(apart, by_doc(apart, doc), doc)), kin), n_boot=20, n_flips=99)["all"]
     assert abs(null.pooled.value) < .15
+
+
+def test_random_pairs_are_no_roommates_and_mislead(code):
+    "Beside them frequent features that have nothing to do with each other seem to avoid each other, since a rare pair looks close."
+    f, doc, like = code
+    rare = shifted(f, np.random.default_rng(1)).tolil()
+    rare[np.random.default_rng(2).random(len(doc)) < .97, 120:] = 0
+    rare, m = rare.tocsr(), house(np.random.default_rng(3), 40)
+    m[:, 120:] = 0
+    c = contrast(m, rare, doc, WORLD.W_CD, alike(rare, by_doc(rare, doc), doc))
+    r = at_random(c, m, rare, doc)
+    i, j = r.controls.pairs_P2.T
+    assert (i != j).all() and not sharing(m)[i, j].any() and len(i) == len(c.owner_C) and (at_random(c, m, rare, doc).controls.pairs_P2 == r.controls.pairs_P2).all()
+    assert .2 < (np.maximum(i, j) >= 120).mean() < .95
+    matched, random = (judge(x, n_boot=20, n_flips=99)["all"].pooled for x in (c, r))
+    assert random.high < -.2 < matched.value - .1 and matched.low <= 0 <= matched.high
 
 
 def test_dealing_keeps_houses_and_frequencies():

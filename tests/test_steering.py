@@ -245,16 +245,41 @@ def test_app_is_served_on_loopback_only(capsys):
     assert main(["app", "knitting"]) == 2 and "steering" in capsys.readouterr().err
 
 
+def test_app_of_a_run_without_weights_says_what_makes_it(toy_run, capsys):
+    "As a run that was committed without them; no server is started."
+    (toy_run / "35_steering" / "steering.safetensors").unlink()
+    assert main(["app", "steering", "--run", "toy", "--no-browser"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "has no 35_steering/steering.safetensors" in said and "`neurocodec run params/toy.yaml` makes it" in said
+
+
 @needs_browser
 def test_app_in_a_browser(toy_run, tmp_path):
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.ui import Select
     with open_app("steering", "toy", tmp_path) as (driver, wait, foreign):
         def columns(): return [x.text for x in driver.find_elements(By.CSS_SELECTOR, ".nc-column pre")]
         wait(lambda: len(columns()) == 2, "no two columns")
         plain, steered = columns()
         assert plain.startswith("Returns the") and steered.startswith("Returns the") and plain != steered
         assert "<b>bold</b>" in driver.find_element(By.CSS_SELECTOR, ".nc-column").text      # a theme's name is text, not markup
+
+        def tables(): return [x.text for x in driver.find_elements(By.CSS_SELECTOR, ".nc-column table")]
+        def heads(): return [x.text for x in driver.find_elements(By.CSS_SELECTOR, ".nc-column > b")]
+        def choose(which, text): Select(driver.find_elements(By.CSS_SELECTOR, ".widget-dropdown select")[which]).select_by_visible_text(text)
+        assert "features firing" in tables()[0]
+        choose(0, "<b>bold</b>: graph node")
+        wait(lambda: heads()[1].startswith("<b>bold</b>, additive"), "the other theme is not named")
+        wait(lambda: columns()[0] == plain and columns()[1] not in ("", steered), "the other theme writes the same")
+        second, read = columns()[1], tables()
+        choose(1, "clamp")
+        wait(lambda: ", clamp," in heads()[1] and columns()[1] != second, "another method writes the same")
+        choose(1, "additive")
+        wait(lambda: ", additive," in heads()[1] and columns()[1] == second and tables() == read, "the same request writes another text")
+        seed = driver.find_element(By.CSS_SELECTOR, ".widget-text input[type=number]")
+        seed.clear(); seed.send_keys("7" + Keys.TAB)
+        wait(lambda: len(c := columns()) == 2 and c[0] != plain and c[1] != second and tables() != read, "another seed writes the same, or reads the same")
 
         box = driver.find_element(By.CSS_SELECTOR, ".widget-textarea textarea")
         box.clear(); box.send_keys(HOSTILE + Keys.TAB)

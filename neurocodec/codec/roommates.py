@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'TAX', 'path_gain', 'room_limits', 'rooms', 'unsigned_rooms', 'sharing', 'roommate_pairs', 'alike',
            'matched_pairs', 'Counts', 'count_pairs', 'pooled_log_odds', 'mantel_haenszel', 'Contrast', 'contrast',
-           'means', 'differences', 'sign_flips', 'feature_variance', 'Verdict', 'judge', 'moved_apart', 'dealt',
-           'Interference', 'interference', 'who_pays', 'partial_spearman', 'area', 'effective_features']
+           'at_random', 'means', 'differences', 'sign_flips', 'feature_variance', 'Verdict', 'judge', 'moved_apart',
+           'dealt', 'Interference', 'interference', 'who_pays', 'partial_spearman', 'area', 'effective_features']
 
 # %% ../../nbs/33_roommates.ipynb #7bc3f0d3
 from typing import Callable, NamedTuple
@@ -171,6 +171,14 @@ def contrast(
     if not kept.any(): raise UserError(f"roommates: none of {len(pairs)} pairs of roommates has {enough} matched controls; take more tokens")
     own, other = (count_pairs(p, features_NF, doc_N) for p in (pairs, controls))
     return Contrast(own, other, owner_C, unit_P, kind_P, int((~kept).sum())).only(kept)
+
+def at_random(
+    c: Contrast, rooms_MF: np.ndarray, features_NF: sp.csr_matrix, doc_N: np.ndarray, seed: int = 0,
+) -> Contrast:
+    "The same roommates beside as many pairs drawn uniformly among features that fire, and nothing matched: the comparison not to make."
+    rng, live_L = np.random.default_rng([seed, 39]), np.unique(features_NF.indices)
+    free = np.argwhere(np.triu(~sharing(rooms_MF)[np.ix_(live_L, live_L)], 1))
+    return c._replace(controls=count_pairs(live_L[free[rng.integers(0, len(free), len(c.owner_C))]], features_NF, doc_N))
 
 def means(group_n: np.ndarray) -> sp.csr_matrix:
     "(G, n) rows that take the mean over the members of each group."

@@ -287,7 +287,7 @@ def theme_vector(W_dec_FD: Tensor, features: Sequence[int], weights: Sequence[fl
     return normalize(torch.tensor(weights, dtype=torch.float32) @ normalize(W_dec_FD[list(features)].detach().float().cpu(), dim=1), dim=0)
 
 def alike(features: Sequence[int], count_F: np.ndarray, able_F: np.ndarray, rng: np.random.Generator, among: int = 20) -> list[int]:
-    "For every feature another able one, drawn from the `among` that fire most nearly as often; no feature twice."
+    "For every feature another able one, drawn from the `among` that fire most nearly as often; no feature twice, and fewer where too few are able."
     out, able_F = [], able_F.copy()
     for f in features:
         near = np.argsort(np.where(able_F, np.abs(np.log(count_F + 1.) - np.log(count_F[f] + 1.)), np.inf), kind="stable")[:among]
@@ -303,13 +303,12 @@ def control_vectors(
 ) -> dict[str, tuple[Tensor, list[int]]]:
     "Arm → (vector, its features) for the arms that push."
     t, F = themes[g], len(W_dec_FD)
-    count_F, members = np.bincount(seen.codes_NF.indices, minlength=F), {f for u in everyone for f in u.features}
-    live_F, own = count_F > 0, np.isin(np.arange(F), t.features)
-    inside, outside = (np.isin(np.arange(F), sorted(members)) == side for side in (True, False))
-    n, weights = len(t.features), t.membership
-    others = np.flatnonzero(inside & ~own & live_F)
-    chosen = {"theme": t.features, "single feature": t.features[:1], "random theme": alike(t.features, count_F, outside & live_F & ~own, rng),
-              "shuffled": rng.permutation(others).tolist()[:n], "best features": best_features(seen.mean_SF, on_S, n)}
+    n, weights, count_F = len(t.features), t.membership, np.bincount(seen.codes_NF.indices, minlength=F)
+    other_F = (count_F > 0) & ~np.isin(np.arange(F), t.features)  # those of other themes among them: a clustering may put every feature in one
+    random = alike(t.features, count_F, other_F, rng)
+    if len(random) < n: raise UserError(f"theme {t.theme} has {n} features and only {len(random)} others fire, too few for a random theme; give eval_tokens more")
+    shuffled = rng.permutation(np.flatnonzero(other_F & np.isin(np.arange(F), [f for u in everyone for f in u.features]))).tolist()[:n]
+    chosen = {"theme": t.features, "single feature": t.features[:1], "random theme": random, "shuffled": shuffled if len(shuffled) == n else [], "best features": best_features(seen.mean_SF, on_S, n)}
     out = {k: (theme_vector(W_dec_FD, f, weights[:len(f)]), f) for k, f in chosen.items() if f}
     on_N = torch.tensor(on_N)
     return out | {"sign flip": (-out["theme"][0], t.features), "DiffMean": (seen.x_ND[on_N].mean(0) - seen.x_ND[~on_N].mean(0), [])}
@@ -425,7 +424,7 @@ class Kit(NamedTuple):
     length: float             # median length of the stream there
     method: str               # the one that was chosen
     spots: dict[str, float]   # method → strength found on select
-    names: list[str]          # of the themes
+    names: list[str]          # of the themes, and of the domain each is steered towards
     words: list[str]          # of each theme, for the eye
     directions: list[Direction]
     judge: Judge

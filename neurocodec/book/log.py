@@ -143,20 +143,20 @@ SAE = (
 
 # %% ../../nbs/51_log.ipynb #fabe68a3
 DECODER = (
-    Criterion("decoder.kl_supervised", "Features predict the next token, supervised", "KL(frozen ‖ decoder), nats per valid token, before reinforcement learning", "< 1.5 nats", "20_decoder", "kl"),
+    Criterion("decoder.kl_supervised", "Features predict the next token, supervised", "KL(frozen ‖ attention decoder), nats per valid token, before reinforcement learning", "< 1.5 nats", "20_decoder", "kl"),
     Criterion("decoder.accuracy_supervised", "… and pick the model's own token", "share of tokens on which both put the same token first", "> 75 %", "20_decoder", "agreement"),
     Criterion("decoder.kl", "The trained policy is faithful", "KL(frozen ‖ policy), nats per valid token, in contexts cut to chapter 21's `window`", "< 0.5 nats", "21_policy", "kl"),
     Criterion("decoder.accuracy_loss", "… and nearly as accurate", "drop of next-token accuracy, as a share of the frozen model's", "< 3 %", "21_policy", "accuracy_loss_relative"),
     Criterion("decoder.ood", "It holds out of domain", "next-token accuracy of the supervised decoder on domains left out of training, over the frozen model's there", "> 80 %", "20_decoder", "ood.accuracy_ratio"),
-    Criterion("decoder.tasks", "Tasks survive it", "drop of accuracy on multiple-choice tasks from held-out documents, as a share of the frozen model's", "< 3 %", "25_evaluate", "accuracy_loss"),
-    Criterion("decoder.ood_tasks", "… out of domain too", "accuracy above chance on such tasks in domains left out of training, over the frozen model's", "> 80 %", "25_evaluate", "ood.retention"),
+    Criterion("decoder.tasks", "Tasks survive it", "drop of accuracy on multiple-choice tasks from documents that had no part in the choice of questions (the select split), as a share of the frozen model's", "< 3 %", "25_evaluate", "select.accuracy_loss"),
+    Criterion("decoder.ood_tasks", "… out of domain too", "accuracy above chance on such tasks in domains left out of training, over the frozen model's; the form of the questions was chosen with these documents in sight", "> 80 %", "25_evaluate", "ood.retention"),
     Criterion("importance.top10", "Few features carry a prediction", "share of the ten strongest features, chosen on other documents, in the sum over tokens of |effect on the frozen model's margin|, all features by attribution", "≥ 30 %", "22_importance", "top10_share"),
-    Criterion("labels.share", "Features can be named", "share of live features whose label beats a deranged label on unseen text", "> 85 %", "23_labels", "share"),
+    Criterion("labels.share", "Labels beat those of other features", "share of live features whose label beats a deranged label on unseen text; a label may list two dozen tokens", "> 85 %", "23_labels", "share"),
 )
 
 # %% ../../nbs/51_log.ipynb #923315a2
 CODEC = (
-    Criterion("concepts.dead", "Few concepts leave most features dead", "share of features that never fire, nothing revives them and the fewest concepts of the pilot are planted (the log: 100 for 4,096 features; the small pilot: 25 for 256)", "about 3758 of 4096", "30_concepts", "dead_few"),
+    Criterion("concepts.dead", "Few concepts leave most features dead", "share of features that never fire, nothing revives them and the fewest concepts of the pilot are planted (the log: 100 for 4,096 features; the small pilot: 25 for 256), after chapter 30's `epochs`, 10; the log trained for 50", "about 3758 of 4096", "30_concepts", "dead_few"),
     Criterion("concepts.cure", "… and many concepts do not", "the same with the most concepts planted", "< 5 %", "30_concepts", "dead_most"),
     Criterion("gates.precision", "OR gates are found, and only those", "precision of the detector on planted gates", "≥ 0.95", "32_gates", "precision"),
     Criterion("gates.recall", "… and most of them", "recall of the detector on planted gates, a tenth of firings missed", "≥ 0.9", "32_gates", "recall"),
@@ -166,8 +166,9 @@ CODEC = (
     Criterion("gates.false_luck", "… or where features were shifted apart", "share of planted units reported as ORs of features that were shifted", "≤ 1 %", "32_gates", "false_ors.shifted"),
     Criterion("squeezer.loss_ratio", "Squeezing costs little", "next-token loss with codes squeezed to a quarter as many neurons, over that with the dictionary's own codes; the worst layer", "≤ 1.82 ×", "31_squeezer", "loss_ratio"),
     Criterion("squeezer.pilot", "… on planted concepts, as in the log", "squared error of the pilot's vectors, squeezed from scratch with TopK, over the dictionary's own", "≤ 1.82 ×", "31_squeezer", "pilot_error"),
-    Criterion("roommates.log_odds", "Roommates fire together less", "upper end of the 95 % interval of the log-odds ratio with which two features that excite the same neuron of a squeezer, four features to a neuron, fire together, less that of pairs matched in frequency, documents and cosine", "< 0", "33_roommates", "log_odds_high"),
-    Criterion("roommates.any_sign", "… or they do, if the sign of a weight does not matter", "the same in bottlenecks from scratch, TopK as the log's, rooms by the size of the gain alone, exciting, hushing and opposed pairs together", "< 0", "33_roommates", "log_odds_any_sign_high"),
+    Criterion("roommates.log_odds", "Roommates fire together less", "log-odds ratio with which two features that excite the same neuron of a squeezer, four features to a neuron, fire together, less that of pairs matched in frequency, documents and cosine", "< 0", "33_roommates", "log_odds"),
+    Criterion("roommates.any_sign", "… or they do, if the sign of a weight does not matter", "the same in bottlenecks from scratch, TopK as the log's, rooms by the size of the gain alone, exciting, hushing and opposed pairs together", "< 0", "33_roommates", "log_odds_any_sign"),
+    Criterion("roommates.random_pairs", "… than pairs drawn at random, as the log compared them", "the same as the row above, less that of pairs drawn uniformly, matched in nothing", "< 0", "33_roommates", "log_odds_any_sign_random_pairs"),
     Criterion("codec.superposition_tax", "Sharing a neuron has a price", "squared error of the stream with four features a neuron, over that with the dictionary's own code, a row for each", "about 10.9 ×", "33_roommates", "tax"),
     Criterion("themes.stability", "Features fall into themes", "agreement (AMI) of the themes with those found again in 80 % of the features, less the larger of two nulls' (clouds of equal covariance, shifted codes), at the layer where that is least", "> 0", "34_themes", "stability"),
     Criterion("themes.coverage", "… which are dense clusters of directions", "share of the features that HDBSCAN groups by their encoder directions, less the same in clouds of equal covariance, at the layer where that is least", "> 0 %", "34_themes", "coverage"),
@@ -178,13 +179,15 @@ CODEC = (
     Criterion("steering.overhead", "… at little cost", "rise of perplexity, under the untouched model, of what the steered one writes next, at that strength", "≤ 14.5 %", "35_steering", "overhead"),
     Criterion("steering.stability", "… and at less cost than one feature", "rise of perplexity under the single feature with the largest membership in the theme, over that under the theme, both pushed equally far", "≥ 1.8 ×", "35_steering", "stability"),
     Criterion("steering.sweet_spot", "A low strength is enough", "strength at which the chosen method costs 10 % perplexity on select, in units of chapter 35 (a tenth of the stream's typical length, or 4.5° of rotation); the log's unit is not known", "about 1.4", "35_steering", "sweet_spot"),
+    Criterion("steering.degrades", "… and a high one degrades", "rise of perplexity on select at 3.6 times that strength, as the log's 5.0 is of its 1.4, or at the largest allowed; to degrade is read as to cost more than the log's 14.5 %", "> 14.5 %", "35_steering", "degrades"),
     Criterion("monitor.detection", "Themes watch", "share of the prompts from a watched package that raise an alarm, mean over packages; the threshold fixed at 1 % false alarms on other documents", "≥ 98.2 %", "36_monitor", "detection"),
     Criterion("monitor.false_alarms", "… and stay silent otherwise", "share of the other packages' prompts that raise an alarm, at that threshold", "≤ 1 %", "36_monitor", "false_alarms"),
+    Criterion("monitor.random_prompts", "… on random prompts too, as in the log", "share of prompts of shuffled tokens that raise an alarm, at that threshold", "≤ 1 %", "36_monitor", "shuffled.false_alarms"),
 )
 RESONANCE = (
     Criterion("srm.exact", "The spotlight in closed form is the original", "decimal digits, −log10 of the largest difference from the similarities that explicit matrices of SO(D) give, over orthogonal, oblique and unnormalised bases", "≥ 10", "41_planes", "exact_digits"),
-    Criterion("recovery.collapsed_baselines", "Some baselines collapse", "share of baselines that the brief's rule calls collapsed", "about 8 of 140", "44_recovery", "collapsed_baselines"),
-    Criterion("recovery.recovered", "A clamp recovers them", "share of those that the same rule calls recovered at the value picked on the other half (in params/gpt2-resonance.yaml +25)", "≥ 7 of 8", "44_recovery", "recovered"),
+    Criterion("recovery.collapsed_baselines", "Some baselines collapse", "share of the baselines that have a text which the brief's rule calls collapsed", "about 8 of 140", "44_recovery", "collapsed_baselines"),
+    Criterion("recovery.recovered", "A clamp recovers them", "share of those that the same rule calls recovered, each half at the value picked on the other (in params/gpt2-resonance.yaml +25)", "≥ 7 of 8", "44_recovery", "recovered"),
 )
 CRITERIA = SAE + DECODER + CODEC + RESONANCE
 
@@ -223,8 +226,8 @@ CONTROLS = {"pca": "PCA, equal rank", "untrained": "untrained", "random_model": 
             "keep": "strongest features alone", "plain": "without TopK", "dealt": "rooms dealt at random", "apart": "bottleneck of shifted codes", "mixture": "random mixture, sparse recovery", "activation_order": "order of size", "random_order": "random order", "deranged": "deranged labels",
             "random_neuron": "other neurons", "random_vectors": "random vectors", "revived": "dead features revived", "sampling": "sampling, no clamp",
             "lexical": "token n-grams", "dense_probe": "dense probe", "dense": "the stream itself", "random_theme": "random features, as many", "shuffled_members": "members of other themes", "sign_flip": "turned round", "single": "a single feature", "screened": "a third of its members", "topk": "TopK neurons, from scratch",
-            "best_features": "features chosen by domain", "diffmean": "DiffMean", "prompt": "a prompt", "independent": "noise made independent"}  # the parts of a metric's name that make it a control, and what they are called in print
-SAME = ("matched", "plain", "topk", "dense", "revived", "single", "screened", "best_features", "diffmean", "prompt", "independent")  # of these, what is the same method or another way to the same end; that it meets a target too takes nothing away
+            "best_features": "features chosen by domain", "diffmean": "DiffMean", "prompt": "a prompt", "independent": "noise made independent", "margin_alone": "by the margin alone", "long": "trained as long as the log's", "short": "labels of three values a part", "theme": "a theme's own features"}  # the parts of a metric's name that make it a control, and what they are called in print
+SAME = ("margin_alone", "long", "short", "theme", "matched", "plain", "topk", "dense", "revived", "single", "screened", "best_features", "diffmean", "prompt", "independent")  # of these, what is the same method or another way to the same end; that it meets a target too takes nothing away
 
 def rivals(t: Target, beside: dict[str, Any]) -> list[str]:
     "The controls that meet a target as well; `beside` has their values, and bounds as `name.low` and `name.high`."

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from ..core.lm import LM
 from ..core.run import Estimate, progress
-from ..core.text import Packed, document_bootstrap, next_token_mask, sum_by_doc
+from ..core.text import Packed, document_bootstrap, sum_by_doc
 from .decoder import Decoder, Pool, Readout, read_pool
 from ..sae import sparse
-from ..sae.activations import kept_tokens, opening_token
 from ..sae.dictionary import Dictionary
 from ..sae.quality import Clean, document_draws, estimate
 from ..sae.sparse import Codes, Support

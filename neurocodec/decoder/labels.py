@@ -15,7 +15,7 @@ __all__ = ['WINDOW', 'NOTHING', 'KINDS', 'NEIGHBOURS', 'FAR', 'PRICES', 'OPS', '
            'write_delphi', 'read_delphi', 'write_explanations', 'read_explanations']
 
 # %% ../../nbs/23_labels.ipynb #240724c4
-import contextlib, csv, hashlib, html, io, ipaddress, json, os, re, threading, time
+import contextlib, csv, hashlib, html, io, ipaddress, json, os, re, time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from pathlib import Path

@@ -29,7 +29,7 @@ from torch.nn.functional import embedding, logsigmoid
 
 from ..core.lens import reading
 from ..core.run import UserError, atomic, must, progress, read_tensors
-from .decoder import Decoder, Pool, read_codes
+from .decoder import Decoder, Pool
 from ..sae.quality import Tally
 from ..sae.train import adam_tensors, below, load_adam, load_checkpoint, save_checkpoint
 

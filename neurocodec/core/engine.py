@@ -50,7 +50,7 @@ FOLLOWS: dict[str, tuple[str, ...]] = {  # chapter → chapters whose folders it
 FOLLOWS["51_log"] = tuple(FOLLOWS)        # looks back on all of them
 ALL_LAYERS = ("16_layers", "31_squeezer", "32_gates", "33_roommates", "34_themes", "35_steering", "36_monitor", "44_recovery", "50_explorer", "51_log")  # read every layer's nodes, not only their own
 NANO_ONLY = ("04_nano",)                  # about the embedded model, whatever the run's model is
-TWO_CORES = ("05_lens", "12_activations")  # long, and much waits for them
+TWO_CORES = ("12_activations",)  # long, and nearly all waits for it; a node that wants two waits until two are free at once
 
 # %% ../../nbs/01_engine.ipynb #6e014f3e
 class Job(NamedTuple):

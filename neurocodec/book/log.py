@@ -230,10 +230,9 @@ CONTROLS = {"pca": "PCA, equal rank", "untrained": "untrained", "random_model": 
 SAME = ("diffmean_budget", "best_features_budget", "margin_alone", "long", "short", "theme", "matched", "plain", "topk", "dense", "revived", "single", "screened", "best_features", "diffmean", "prompt", "independent")  # of these, what is the same method or another way to the same end; that it meets a target too takes nothing away
 
 def rivals(t: Target, beside: dict[str, Any]) -> list[str]:
-    "The controls that meet a target as well, interval and all where they have one; `beside` has their values, and bounds as `name.low` and `name.high`."
+    "The controls that meet a target as well; `beside` has their values, and bounds as `name.low` and `name.high`."
     values = {k: beside[k] for k in CONTROLS if k not in SAME and isinstance(beside.get(k), (int, float))}
-    def clears(k): return t.relation == "about" or all(meets(t, x) for end in ("low", "high") if (x := beside.get(f"{k}.{end}")) is not None)
-    return [CONTROLS[k] for k, v in values.items() if meets(t, v, beside.get(f"{k}.low"), beside.get(f"{k}.high")) and clears(k)]
+    return [CONTROLS[k] for k, v in values.items() if meets(t, v, beside.get(f"{k}.low"), beside.get(f"{k}.high"))]
 
 def was_set(c: Criterion, value: float, low: float | None, high: float | None) -> bool:
     "Whether a figure is its knob's: the interval over documents is narrower than a hundredth of it."

@@ -306,5 +306,5 @@ def test_the_published_setting_runs(tmp_path):
     assert done.returncode == 0, what_failed(tmp_path / "out.ipynb") if (tmp_path / "out.ipynb").exists() else done.stderr[-2000:]
     said = "".join("".join(o.get("text", "")) for c in json.loads((tmp_path / "out.ipynb").read_text())["cells"] for o in c.get("outputs", []))
     assert "a beginning-of-text token stands before every prompt: yes" in said and "layer 3, for half 1: neuron 5 (" in said
-    assert "4 test prompts" in said and "layer 2 half 1 neuron 25" in said and "12 rows: 4 prompts, 2 clamp values" in said
+    assert "4 test prompts" in said and "layer 3 half 1 neuron 25" in said and "12 rows: 4 prompts, 2 clamp values" in said
     assert "13_train" not in said

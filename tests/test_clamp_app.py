@@ -29,7 +29,7 @@ def test_app_in_a_browser(toy_run, tmp_path):
         assert texts()[0] == texts()[1] and "the same text" in driver.find_element(By.CSS_SELECTOR, ".nc-app").text   # no push, same random numbers
 
         number = next(x for x in driver.find_elements(By.CSS_SELECTOR, ".nc-app .widget-text") if x.text.startswith("value")).find_element(By.TAG_NAME, "input")
-        number.clear(); number.send_keys("300" + Keys.TAB)
+        number.send_keys(Keys.CONTROL + "a", "300", Keys.TAB)  # `clear` would let the page put its old value back
         button("add push").click()
         wait(lambda: len(pushes()) == 1, "the push is not listed")
         button("write").click()

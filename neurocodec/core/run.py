@@ -234,6 +234,7 @@ def _cells(path: str, mtime_ns: int) -> list[tuple[str, tuple[str, ...]]]:
     return [_compiled(source(c)) for c in json.loads(Path(path).read_text(encoding="utf8"))["cells"]
             if c["cell_type"] == "code" and "parameters" not in c["metadata"].get("tags", [])]
 
+# %% ../../nbs/00_run.ipynb #576850b2
 def modules_reached(names: Iterable[str]) -> dict[str, str]:
     "Library modules among imported names and those that they import in turn: name → fingerprint."
     seen, todo = {}, list(names)

@@ -196,6 +196,8 @@ def report(tsv: str | Path, folder: str | Path = "") -> tuple[pd.DataFrame, list
     files = [stem.with_name(stem.name + end) for end in ("_judged.csv", "_judged.md", "_judged_curve.csv")]
     for path, text in zip(files, (judged[ORIGINAL + OURS].to_csv(index=False), improvement_report(judged, tsv.name), curve(judged).to_csv(index=False))):
         try:
+            before, now = (b.split(b"\n", 1)[0].split(b",")[0] for b in (path.read_bytes() if path.is_file() else b"", text.encode("utf8", "surrogatepass")))
+            if before and before != now: raise UserError(f"{short_path(path)} is there already and is no report of ours; name another folder with --out")
             with atomic(path) as part: part.write_bytes(text.encode("utf8", "surrogatepass"))
         except OSError as e: raise UserError(f"{short_path(path.parent)}: the report cannot be written there ({(e.strerror or str(e)).lower()}); name another folder with --out") from None
     return judged, files

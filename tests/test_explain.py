@@ -1,5 +1,4 @@
 "Explanations: hostile text stays text, texts without features are refused, rankings and curves keep their properties on other architectures, and few lessons do no harm."
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -22,7 +21,7 @@ from neurocodec.sae.dictionary import DictionaryConfig, create_dictionary
 
 def parts(kind):
     lm = tiny(kind)
-    lm.tokenizer = SimpleNamespace(bos_token_id=1, eos_token_id=2, decode=lambda ids: f"<t{ids[0]}>")
+    lm.tokenizer = None  # a token is shown as its number
     ids = [torch.randint(3, 90, (14 + i,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(4)]
     d = create_dictionary(DictionaryConfig(d_model=32, n_features=40, k=5))
     return lm, d, model_output(lm, d, 1), read_pool(lm, d, Packed(*pack(ids, 16, 1), pd.DataFrame(index=range(4))), 1)
@@ -86,7 +85,8 @@ def test_an_output_without_a_narrator_is_told_by_its_ablations():
     lm, d, output, pool = parts("llama")
     case, names = study(output, cut_cases(pool)[0]), [f"name {f}" for f in range(40)]
     said = tell(lm, output, case, "", names, Confidence(1., [], [], []), None).words
-    assert said.endswith("because of: " + "; ".join(names[f] for f in confirmed(case)))
+    effect = dict(zip(case.features_k.tolist(), case.effect_k))
+    assert said == f"'{case.token}'; what mattered: " + "; ".join(names[f] + " (against)" * bool(effect[f] < 0) for f in confirmed(case))
 
 
 def test_only_what_a_run_explained_is_explained(tmp_path, monkeypatch, capsys):

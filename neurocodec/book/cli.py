@@ -187,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
     label = sub.add_parser("label", help="label the features of a run and score the labels on other documents; offline unless a server is named")
     label.add_argument("params", help="such as params/nano.yaml")
     label.add_argument("--layer", type=int, action="append", help="only this layer; may be repeated")
-    label.add_argument("--labeller", default="", help="`symbolic` (the default), `server:MODEL` or `local:MODEL`")
+    label.add_argument("--labeller", default="", help="`symbolic` (the default), `server:MODEL`, `local:MODEL`, or `delphi:FOLDER` for explanations that are there already")
     label.add_argument("--judge", default="", help="who scores the labels of a language model, written alike")
     label.add_argument("--base-url", dest="base_url", default="", help="of an OpenAI-compatible server; its key comes from OPENAI_API_KEY")
     label.add_argument("--review", default="", metavar="FILE", help="decisions of a reader, .csv or .json; made where it is missing, merged again when it was edited; {layer} in its name stands for the layer")

@@ -22,6 +22,7 @@ from ..core.run import Estimate, Folder, UserError, progress, results
 from ..core.text import Packed
 from .decoder import Pool, Readout, load_decoder, read_pool
 from .importance import Output, choices, decoder_output, margin, model_output
+from .labels import token_texts
 from .policy import Gate
 from ..sae.dictionary import Dictionary
 from ..sae.formats import read_dictionary
@@ -216,9 +217,12 @@ class Explanation(NamedTuple):
     rest: float                                # share of the absolute effects that falls on features not in the trace
     words: str                                 # the explanation decoder's text; of an output that it does not know, what ablation found
 
-def to_words(features: list[int], names: list[str], token: str) -> str:
-    "The predicted token and the names of these features as a sentence."
-    return f"{token!r}, because of: " + "; ".join(dict.fromkeys(names[f] for f in features)) if features else f"{token!r}; no feature is active"
+def to_words(case: Case, features: list[int], names: list[str], token: str) -> str:
+    "The predicted token and the names of these features as a sentence; those whose effect is negative spoke against the token."
+    if not features: return f"{token!r}; no feature is active"
+    against = {int(f) for f, x in zip(case.features_k, case.effect_k) if x < 0}
+    said = dict.fromkeys(names[f] + " (against)" * (f in against) for f in features)
+    return f"{token!r}; what mattered: " + "; ".join(said)
 
 def tell(lm: LM, output: Output, case: Case, text: str, names: list[str], confidence: Confidence, narrator: Gate | None, top: int = 10) -> Explanation:
     "A studied case in plain values; its words are the narrator's, or name the largest effects where there is none."
@@ -229,7 +233,10 @@ def tell(lm: LM, output: Output, case: Case, text: str, names: list[str], confid
     trace = [(int(case.features_k[j]), names[case.features_k[j]], float(case.values_k[j]), float(case.effect_k[j])) for j in order[:top]]
     rest = float(np.abs(case.effect_k[order[top:]]).sum() / max(np.abs(case.effect_k[order]).sum(), 1e-12))
     named = narrate(narrator, case.values_k, case.features_k) if narrator else confirmed(case)
-    return Explanation(text, [(lm.tokenizer.decode([int(i)]), float(p)) for p, i in zip(*sure)], low, high, trace, rest, to_words(named, names, lm.tokenizer.decode([case.token])))
+    *tokens, chosen = token_texts(lm.tokenizer, [*map(int, sure.indices), case.token])
+    words = to_words(case, named, names, chosen)
+    if narrator and named: words += f". Ablation confirms {round(agreement(named, case) * len(set(named)))} of {len(set(named))}"
+    return Explanation(text, list(zip(tokens, sure.values.tolist())), low, high, trace, rest, words)
 
 def explain(lm: LM, dictionary: Dictionary, output: Output, layer: int, text: str, names: list[str], confidence: Confidence, narrator: Gate | None, top: int = 10, skip_bos: bool = True) -> Explanation:
     "Explain the output's prediction after `text`; a UserError where no feature is read at its end. `narrator` knows this output, or is None."

@@ -43,6 +43,7 @@ def artefacts(F, vocabulary, seed=0, top=20, intervals=5, each=4, W=32, seen=98_
                "fuzzing": .5 + .4 * rng.random(), "null_detection": .45 + .1 * rng.random(), "null_fuzzing": None, "bar": .6, "n": 100, "confident": bool(s > .6), "failure": None} for f in range(F) if f % 11 != 7]
     order = rng.permutation(F)
     importance = pd.DataFrame({"feature": np.arange(F), "n": count, "attribution_decoder": rng.random(F), "attribution_model": rng.random(F), "exact_decoder": np.nan, "exact_model": np.where(order < 50, rng.random(F), np.nan), "rank": order + 1})
+    importance = importance.assign(n_exact=np.where(order < 50, 5, 0), attribution_at_exact_decoder=np.nan, attribution_at_exact_model=np.where(order < 50, rng.random(F), np.nan))
     return {k: torch.from_numpy(v) for k, v in contexts.items()}, {"provenance": {}, "features": labels}, importance
 
 
@@ -388,6 +389,25 @@ def test_the_page_of_a_feature(desk, site):
     assert desk.execute_script("const t = document.querySelector('.text'); return [t.classList.contains('whole'), t.querySelectorAll('.token').length]") == [True, shown] and shown == 27
     desk.execute_script("document.querySelector('.list a').click()")
     assert until(desk, "document.querySelector('#feature header .id')?.textContent !== 'Feature 300'")
+
+
+@needs_browser
+@pytest.mark.parametrize("older", [False, True])
+def test_an_ablation_stands_beside_the_attribution_at_its_places(desk, tmp_path, older):
+    view, later = planted(60, V=60, N=400), ["n_exact", "attribution_at_exact_model", "attribution_at_exact_decoder"]
+    row, other = (view.table[have].iloc[0] for have in (view.table.exact_model.notna(), view.table.exact_model.isna()))
+    if older: view = view._replace(table=view.table.drop(columns=later))  # importance.parquet as it was before it had them
+    explorer.write_layer(tmp_path, view, [4])
+    explorer.write_front(tmp_path, "planted", [4])
+    def effect(f):
+        opened(desk, tmp_path, f"#list/{f}")
+        return until(desk, f"document.querySelector('#feature header .id')?.textContent === 'Feature {f}' && [...document.querySelectorAll('.fact')].find(e => e.textContent.startsWith('effect')).textContent")
+    def number(v): return desk.execute_script("return Number(arguments[0].toPrecision(3)).toString()", explorer.short(v))
+    said = effect(row.feature)
+    assert f"attributed {number(row.attribution_model)}" in said and "on average; ablated at " in said
+    assert (f"ablated at a few places {number(row.exact_model)}" if older else f"ablated at 5 places {number(row.exact_model)}") in said
+    assert ("attributed there" in said) != older and (older or f"attributed there {number(row.attribution_at_exact_model)}" in said)
+    assert effect(other.feature).endswith("on average; not ablated")
 
 
 @needs_browser

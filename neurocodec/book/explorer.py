@@ -170,7 +170,7 @@ class View(NamedTuple):
     themes: list[dict[str, Any]] | None = None  # chapter 34's themes of the layer, from its atlas
 
 LABEL = ("label", "labeller", "detection", "fuzzing", "null_detection", "null_fuzzing", "bar", "n", "confident", "failure")
-EFFECT = ("attribution_model", "attribution_decoder", "exact_model", "exact_decoder", "rank")
+EFFECT = ("attribution_model", "attribution_decoder", "exact_model", "exact_decoder", "attribution_at_exact_model", "attribution_at_exact_decoder", "n_exact", "rank")  # a table of an older run lacks some
 THEME = ("theme", "name", "features", "stability", "null_stability", "domain", "auroc")
 
 def add_labels(table: pd.DataFrame, labels: dict[str, Any]) -> pd.DataFrame:

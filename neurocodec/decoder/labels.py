@@ -696,7 +696,8 @@ def summary(s: Scores, parts: int = 40) -> dict[str, Estimate]:
     def afresh(row_M):
         d = Tallies(*(x.reshape(1, *shape) for x, shape in zip(np.split(row_M, np.cumsum([L * F, L * F, F])), ((L, F), (L, F), (F,), (F,))))).detection()
         own, other = np.nan_to_num(d[0, live], nan=.5).mean(), np.nan_to_num(d[1:, live], nan=.5).mean()
-        return {"share": confident(d, s.groups)[0][live].mean(), "share.deranged": confident(d[[-1, *range(1, L - 1)]], s.groups)[0][live].mean(), "detection": own, "detection.deranged": other, "gain": own - other}
+        last = {"share.deranged": confident(d[[-1, *range(1, L - 1)]], s.groups)[0][live].mean()} if L > 2 else {}  # a judge scores one swap, and there is no bar of others
+        return {"share": confident(d, s.groups)[0][live].mean(), "detection": own, "detection.deranged": other, "gain": own - other, **last}
     found = {k: jackknife(lambda rows, k=k: np.array([1 + of(r)[k] for r in rows]), by_part, 2.) for k in names}  # a gain may be negative, which the jackknife does not expect
     return {k: Estimate(e.value - 1, max(e.low - 1, -1. if k == "gain" else 0.), e.high - 1, s.docs) for k, e in found.items()}
 

@@ -335,7 +335,7 @@ def reward_lines(m: dict) -> list[str]:
     for arm in ("exact", "ppo", "random", "random_no_clip", "permuted", "table", "constant"):
         gain = m[f"validation.{arm}.composite"] - m["validation.frozen.composite"]
         out.append(f"  {arm:<15} composite reward {gain:+.4f}, KL {m[f'validation.{arm}.kl']:.3f} nats, moved {m[f'validation.{arm}.moved_over_ppo']:.2f} × as far as PPO: {m[f'validation.{arm}.verdict']}")
-    if not m["validation.tells"]: out.append("  the true reward stays within the margin too: too few rollouts (validation_steps) for the controls to say anything")
+    if not m["validation.tells"]: out.append("  the true reward is not shown to gain the margin: whether the controls do says little, with so few rollouts (validation_steps) or seeds")
     tests = ", ".join(f"PPO against {k}: p = {m[f'validation.p.{k}']:.3g}" for k in ("random", "permuted"))
     return [*out, f"  {tests} (paired by seed, Holm); margin {margin:g}, {m['validation.margin_kl']:g} nats"]
 

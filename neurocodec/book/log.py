@@ -222,7 +222,7 @@ def chosen_layer(entries: list[Entry]) -> int | None:
 # %% ../../nbs/51_log.ipynb #c44615b9
 CONTROLS = {"pca": "PCA, equal rank", "untrained": "untrained", "random_model": "fresh weights", "random": "random directions",
             "matched": "same, fewer tokens", "bigram": "bigram", "tuned": "tuned lens", "tokens": "tokens for features", "shuffled": "shuffled codes",
-            "supervised": "before reinforcement learning", "random_reward": "random rewards", "random_gate": "as many random features",
+            "supervised": "before reinforcement learning", "random_reward": "random rewards", "random_gate": "as many random features", "largest_gate": "as many of the largest features",
             "keep": "strongest features alone", "plain": "without TopK", "dealt": "rooms dealt at random", "apart": "bottleneck of shifted codes", "mixture": "random mixture, sparse recovery", "activation_order": "order of size", "random_order": "random order", "deranged": "deranged labels",
             "random_neuron": "other neurons", "random_vectors": "random vectors", "revived": "dead features revived", "sampling": "sampling, no clamp",
             "lexical": "token n-grams", "dense_probe": "dense probe", "dense": "the stream itself", "random_theme": "random features, as many", "shuffled_members": "members of other themes", "sign_flip": "turned round", "single": "a single feature", "screened": "a third of its members", "topk": "TopK neurons, from scratch",

@@ -482,8 +482,8 @@ class PolicyTrainer:
         seen |= {"reward": seen["faithfulness"] + seen["sparsity"] + seen["accuracy"], **w._asdict()}
         self.curves_SC[t] = torch.tensor([float(seen.get(k, 0.)) for k in CURVES])
         self.step += 1
-        if self.step % (fifth := max(1, c.steps // 5)) == 0:
-            since = dict(zip(CURVES, self.curves_SC[self.step - fifth:self.step].mean(0).tolist()))
+        if (fifths := t * 5 // c.steps) < self.step * 5 // c.steps:   # one more is over; it began when the last ones were
+            since = dict(zip(CURVES, self.curves_SC[-(-fifths * c.steps // 5):self.step].mean(0).tolist()))
             self.factors = c.schedule.adjusted(self.factors, since["kl"], since["l0"])
         return True
 

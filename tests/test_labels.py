@@ -12,15 +12,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
+import papermill
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from conftest import model_and_text
+from conftest import ROOT, model_and_text
 from neurocodec.book import cli
-from neurocodec.core.engine import jobs
+from neurocodec.core.engine import jobs, what_failed
 from neurocodec.core.lm import load_tokenizer
 from neurocodec.core.run import UserError, read_params, resolve, write_json
 from neurocodec.core.text import Packed, pack
@@ -200,13 +201,30 @@ def test_keys_do_not_travel_unencrypted(monkeypatch):
     assert L.Server("m", "https://example.org/v1") and L.Server("m", "http://127.0.0.1:9/v1")
 
 
-def test_a_local_model_whose_replies_are_nonsense_fails_and_is_counted(tmp_path):
-    tokenizer, folder = load_tokenizer("nano"), tmp_path / "instruct"
+def babbler(folder, room):
+    "A folder with a local instruct model that talks nonsense."
+    tokenizer = load_tokenizer("nano")
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     tokenizer.save_pretrained(folder)
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=256,
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=room,
                                  bos_token_id=tokenizer.bos_token_id, eos_token_id=None)).save_pretrained(folder)
-    chat = L.Local(str(folder), max_tokens=6)
+    return str(folder)
+
+
+def test_the_chapter_takes_explanations_that_are_there_already(tmp_path):
+    "They are judged by a model, and go out again in the same format."
+    model = babbler(tmp_path / "instruct", 1024)
+    L.write_explanations(tmp_path, "layers.3", {f: "in text about arrays" for f in range(0, 1900, 2)})
+    knobs = {"labeller": f"delphi:{tmp_path}", "judge": f"local:{model}", "delphi": True, "judged": 3, "label_tokens": 4000, "score_tokens": 4000}
+    out = tmp_path / "23_labels.ipynb"
+    try: ran = papermill.execute_notebook(ROOT / "nbs" / out.name, out, knobs, kernel_name="python3", cwd=tmp_path, progress_bar=False, start_timeout=180)
+    except papermill.PapermillExecutionError: pytest.fail(what_failed(out))
+    said = "".join(o.get("text", "") for c in ran.cells for o in c.get("outputs", []))
+    assert "to judge 3 of the labels" in said and " features, 950 explanations" in said
+
+
+def test_a_local_model_whose_replies_are_nonsense_fails_and_is_counted(tmp_path):
+    chat = L.Local(babbler(tmp_path / "instruct", 256), max_tokens=6)
     reply = chat.send("Feature 3\n- <<a>> b")
     assert isinstance(reply.text, str) and reply.cut
     assert "too long" in chat.send("word " * 400).failure

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SETS', 'READERS', 'MODES', 'PLACES', 'UNITS', 'BOS', 'WINDOWS', 'read_prompts', 'epistemic', 'docstrings', 'Design',
            'factors_of', 'check_design', 'covariates', 'variance_share', 'frames', 'permuted_frames', 'confounds',
-           'crossed', 'Clamp', 'positions', 'interventions', 'hook_shape', 'read_numbers', 'check_neuron', 'Passed',
-           'write', 'read', 'CaptureConfig', 'encode', 'window_means', 'fingerprint', 'capture_key', 'Capture',
-           'capture']
+           'crossed', 'Clamp', 'positions', 'interventions', 'hook_shape', 'read_numbers', 'check_neuron',
+           'neuron_steps', 'draw_alike', 'Passed', 'write', 'read', 'CaptureConfig', 'encode', 'window_means',
+           'fingerprint', 'capture_key', 'Capture', 'capture']
 
 # %% ../../nbs/40_prompts.ipynb #8f15c2d6
 import csv, hashlib, io, json, re
@@ -321,6 +321,19 @@ def check_neuron(lm: LM, neuron: int) -> int:
     "An MLP neuron of the model, or -1."
     if not -1 <= neuron < lm.d_mlp: raise UserError(f"neuron = {neuron}: {lm.name} has MLP neurons 0 to {lm.d_mlp - 1}, and -1 chooses")
     return neuron
+
+# %% ../../nbs/40_prompts.ipynb #96e2389f
+@torch.no_grad()
+def neuron_steps(lm: LM, layer: int, sd_M: Tensor | float = 1.) -> np.ndarray:
+    "(M,) by how far each MLP neuron moves the stream when it is moved by one σ (one unit, where no `sd_M` is given)."
+    f, one = lm.sites[f"blocks.{layer}.mlp.hook_post"].module, torch.eye(lm.d_mlp, device=lm.device, dtype=lm.dtype)
+    return ((f(one) - f(torch.zeros_like(one[:1]))).float().norm(dim=1).cpu() * sd_M).numpy()
+
+def draw_alike(step_M: np.ndarray, neuron: int, n: int, rng: np.random.Generator, without: Sequence[int] = ()) -> list[int]:
+    "`n` other neurons, drawn among those whose step is within a factor of two of this one's, or the nearest where these are fewer than `n`."
+    apart_M = np.abs(np.log2(np.maximum(step_M, 1e-12) / max(step_M[neuron], 1e-12)))
+    near = [j for j in np.argsort(apart_M, kind="stable").tolist() if j not in (neuron, *without)]
+    return sorted(rng.choice(near[: max(n, int((apart_M[near] <= 1).sum()))], min(n, len(near)), replace=False).tolist())
 
 # %% ../../nbs/40_prompts.ipynb #317b693a
 class _Listener:

@@ -26,10 +26,11 @@ def test_app_in_a_browser(toy_run, tmp_path):
         wait(lambda: button("write"), "no page")
         button("write").click()
         wait(lambda: len(texts()) == 2, "no two texts")
-        assert texts()[0] == texts()[1] and "the same text" in driver.find_element(By.CSS_SELECTOR, ".nc-app").text   # no push, same random numbers
+        assert texts()[0] == texts()[1] != "" and "the same text" in driver.find_element(By.CSS_SELECTOR, ".nc-app").text   # no push, same random numbers
 
         number = next(x for x in driver.find_elements(By.CSS_SELECTOR, ".nc-app .widget-text") if x.text.startswith("value")).find_element(By.TAG_NAME, "input")
-        number.send_keys(Keys.CONTROL + "a", "300", Keys.TAB)  # `clear` would let the page put its old value back
+        number.send_keys(Keys.CONTROL + "a")  # `clear` would let the page put its old value back; a modifier is held to the end of its call
+        number.send_keys("300" + Keys.TAB)
         button("add push").click()
         wait(lambda: len(pushes()) == 1, "the push is not listed")
         button("write").click()

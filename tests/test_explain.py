@@ -19,9 +19,16 @@ from neurocodec.decoder.policy import Gate
 from neurocodec.sae.dictionary import DictionaryConfig, create_dictionary
 
 
+class Numbers:
+    "A tokenizer by which every token reads as its number."
+    bos_token_id, eos_token_id = 1, 2
+    def __call__(self, text, **_): return {"input_ids": [7]}
+    def decode(self, ids, **_): return "".join(f"<t{i}>" for i in ids)
+
+
 def parts(kind):
     lm = tiny(kind)
-    lm.tokenizer = None  # a token is shown as its number
+    lm.tokenizer = Numbers()
     ids = [torch.randint(3, 90, (14 + i,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(4)]
     d = create_dictionary(DictionaryConfig(d_model=32, n_features=40, k=5))
     return lm, d, model_output(lm, d, 1), read_pool(lm, d, Packed(*pack(ids, 16, 1), pd.DataFrame(index=range(4))), 1)
@@ -86,7 +93,7 @@ def test_an_output_without_a_narrator_is_told_by_its_ablations():
     case, names = study(output, cut_cases(pool)[0]), [f"name {f}" for f in range(40)]
     said = tell(lm, output, case, "", names, Confidence(1., [], [], []), None).words
     effect = dict(zip(case.features_k.tolist(), case.effect_k))
-    assert said == f"'{case.token}'; what mattered: " + "; ".join(names[f] + " (against)" * bool(effect[f] < 0) for f in confirmed(case))
+    assert said == f"'<t{case.token}>'; what mattered: " + "; ".join(names[f] + " (against)" * bool(effect[f] < 0) for f in confirmed(case))
 
 
 def test_only_what_a_run_explained_is_explained(tmp_path, monkeypatch, capsys):

@@ -161,13 +161,16 @@
       el("p", { class: "quiet" }, visible(words.join(" · ")), t.failure[i] && el("span", { class: "failure" }, ` · ${visible(t.failure[i])}`)));
   };
   const fact = (name, value, more) => el("div", { class: "fact" }, el("dt", {}, name), el("dd", {}, value, more && el("span", { class: "quiet" }, more)));
-  const effects = (kind, name, i) => {
-    const t = view.index.columns, have = ["model", "decoder"].filter((on) => t[`${kind}_${on}`] && !missing(t[`${kind}_${on}`][i])).map((on) => `${digits(t[`${kind}_${on}`][i])} (${on})`);
-    return have.length ? `, ${name} ${have.join(", ")}` : "";
+  // The first number is a mean over all occurrences; what a few ablations gave is set beside the attribution at the same places.
+  const effects = (i) => {
+    const t = view.index.columns, n = t.n_exact && t.n_exact[i];
+    const on = (kind) => ["model", "decoder"].filter((name) => t[`${kind}_${name}`] && !missing(t[`${kind}_${name}`][i])).map((name) => `${digits(t[`${kind}_${name}`][i])} (${name})`).join(", ");
+    const all = on("attribution"), ablated = on("exact"), there = on("attribution_at_exact");
+    return [all && `, attributed ${all} on average`, ablated ? `; ablated at ${n ? number(n) : "a few"} ${n === 1 ? "place" : "places"} ${ablated}` : "; not ablated", ablated && there && `, attributed there ${there}`];
   };
   const facts = (i, f) => {
     const t = view.index.columns, seen = view.index.seen, c = f.control;
-    const effect = t.rank && !missing(t.rank[i]) ? fact("effect", `rank ${number(t.rank[i])} of ${number(view.index.total)}`, [effects("attribution", "attributed", i), effects("exact", "ablated", i) || ", not ablated"]) : null;
+    const effect = t.rank && !missing(t.rank[i]) ? fact("effect", `rank ${number(t.rank[i])} of ${number(view.index.total)}`, effects(i)) : null;
     return el("dl", { class: "facts" },
       t.theme && !missing(t.theme[i]) && fact("theme", themeLink(view.index.themes.find((x) => x.theme === t.theme[i])), ` membership ${digits(t.membership[i], 2)}`),
       t.neurons && t.neurons[i].length > 0 && fact("neurons", t.neurons[i].map(([m, w], j) => [j > 0 && "  ", neuronLink(m), el("span", { class: "quiet" }, ` ${w < 0 ? "−" : "+"}${digits(Math.abs(w), 2)}`)]), ", and how much of it comes back through each"),

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -74,22 +75,20 @@ def test_three_lines_of_yaml(foreign, whole, tmp_path):
 
 def test_killed_five_times_ends_the_same(foreign, whole, tmp_path):
     params = yaml_of(foreign, tmp_path / "mine.yaml")
-    results, rng, kills = tmp_path / "killed", random.Random(7), 0
-    for _ in range(5):
+    results, rng = tmp_path / "killed", random.Random(7)
+    top = results / "mine"
+    # by what has begun and not by the clock, so that a fast machine is killed as often as a slow one
+    for begun in (results, top / ".02_text.part", top / ".12_activations.part", top / "L1" / ".13_train.part", top / "L1" / ".14_quality.part"):
         child = subprocess.Popen([NEUROCODEC, "run", params, "--until", UNTIL], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                  env=os.environ | {"NEUROCODEC_RESULTS": str(results)}, start_new_session=True)
-        try:
-            child.wait(rng.uniform(8, 40))
-        except subprocess.TimeoutExpired:
-            if rng.random() < .5:
-                os.killpg(child.pid, signal.SIGKILL)  # everything at once, as a machine that goes down
-            else:
-                child.kill()  # only the command; what it started must not live on
-            child.wait()
-            kills += 1
+        while not begun.exists() and child.poll() is None: time.sleep(.01)
+        time.sleep(rng.random())
+        assert child.poll() is None, f"ended before it could be killed in {begun.name}"
+        if rng.random() < .5: os.killpg(child.pid, signal.SIGKILL)  # everything at once, as a machine that goes down
+        else: child.kill()  # only the command; what it started must not live on
+        child.wait()
     last = run(params, "--until", UNTIL, results=results)
     assert last.returncode == 0, last.stdout + last.stderr
-    assert kills >= 3
     straight, made = outputs(whole), outputs(results)
     assert made.keys() == {"02_text", "12_activations", "13_trainL1", "14_qualityL1"} and made == {k: straight[k] for k in made}
 

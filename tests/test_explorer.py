@@ -522,6 +522,21 @@ def test_the_policy_stops_what_got_in_all_the_same(site, tmp_path):
 
 
 @needs_browser
+@pytest.mark.parametrize("phone", [False, True])
+def test_long_labels_push_no_number_out_of_the_window(tmp_path, phone):
+    view = planted(60, V=60, N=400)
+    explorer.write_layer(tmp_path, view._replace(table=view.table.assign(label=[f"{f} follows " + "one of many words or " * 30 for f in view.table.feature])), [4])
+    explorer.write_front(tmp_path, "planted", [4])
+    driver = browser(phone=phone)
+    try:
+        opened(driver, tmp_path, "#list/30")
+        assert until(driver, "document.querySelectorAll('.context').length")
+        ends, width = driver.execute_script("return [[...document.querySelectorAll('#feature :is(.value, .fact, .logits li, .list li)')].map(e => e.getBoundingClientRect()).map(r => [r.left, r.right]), innerWidth]")
+        assert len(ends) > 40 and min(a for a, _ in ends) >= 0 and max(b for _, b in ends) <= width
+    finally: driver.quit()
+
+
+@needs_browser
 def test_a_phone_in_the_dark(site):
     driver = browser(phone=True, dark=True)
     try:

@@ -107,8 +107,8 @@ def shortfall(t: Target, value: float, low: float | None = None, high: float | N
 def figure(x: float | None, unit: str = "") -> str:
     "A number as the book prints it: three digits, shares in per cent."
     if x is None or not math.isfinite(x): return "—"
-    if unit == "%": return f"{100 * x:.3g} %"
-    text = f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
+    if unit == "%": x *= 100
+    text = f"{x:,.0f}" if abs(x) >= 999.5 else f"{x:.3g}"
     return f"{text} {unit}".strip()
 
 def interval(low: float, high: float, unit: str = "") -> str:

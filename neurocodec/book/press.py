@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['TAGS', 'ATTRIBUTES', 'CSS', 'WIDGET', 'PLOTLY', 'LINK', 'HAND', 'PARTS', 'FOREIGN', 'LOADS', 'directives', 'heading',
            'safe_html', 'plotly_html', 'safe_data', 'safe_outputs', 'relink', 'shown', 'as_text', 'walk',
-           'chapter_page', 'finished', 'sections', 'parameter_table', 'run_title', 'run_page', 'Page', 'contents',
-           'done_line', 'place', 'chapter_pages', 'explorer_links', 'stopped', 'summary', 'layer_page', 'run_pages',
-           'paged', 'fill', 'drawing', 'filled', 'sync', 'libraries', 'explorer_files', 'compose', 'stage', 'build',
-           'tidy', 'foreign_css', 'outside']
+           'chapter_page', 'finished', 'sections', 'parameter_table', 'run_title', 'unannounced', 'run_page', 'Page',
+           'contents', 'done_line', 'place', 'chapter_pages', 'explorer_links', 'stopped', 'summary', 'layer_page',
+           'run_pages', 'paged', 'fill', 'drawing', 'filled', 'sync', 'libraries', 'explorer_files', 'compose', 'stage',
+           'build', 'tidy', 'foreign_css', 'outside']
 
 # %% ../../nbs/52_press.ipynb #5cee52fa
 import hashlib, html, importlib.util, json, os, re, subprocess, sys
@@ -169,6 +169,11 @@ def run_title(e: Entry, title: str) -> str:
     "`run · layer · chapter`, the parts that apply."
     return " · ".join([e.run, *([f"layer {e.layer}"] if e.layer is not None else []), title])
 
+def unannounced(text: str) -> str:
+    "Prose without a last sentence that ends in a colon, where what it announces is not shown; headings stay."
+    if not text.rstrip().endswith(":"): return text
+    return text[:max((m.end() for m in re.finditer(r"[.!?](?=\s)|^#.*$", text, re.M)), default=0)]
+
 def run_page(e: Entry, nb: NotebookNode, known: set[str]) -> str:
     "An executed chapter as a page of results."
     top = "../../" if e.layer is None else "../../../"
@@ -179,8 +184,13 @@ def run_page(e: Entry, nb: NotebookNode, known: set[str]) -> str:
         if any(exported(c) for c, _ in section) and len(cells) > 1 and not any(safe_outputs(c) for c, _ in section): continue
         for c, above in section:
             if tagged(c, "parameters"): cells.append(parameter_table(e.chapter, m["params"]))
-            if exported(c) or tagged(c, "parameters", "injected-parameters"): continue
-            if not (s := shown(c, above, known, top)) or (s.cell_type == "code" and not s.outputs): continue
+            if tagged(c, "parameters", "injected-parameters"): continue
+            s = None if exported(c) else shown(c, above, known, top)
+            if not s or (s.cell_type == "code" and not s.outputs):
+                if c.cell_type == "code" and cells and cells[-1].cell_type == "markdown":
+                    cells[-1].source = unannounced(cells[-1].source)
+                    if not cells[-1].source: cells.pop()
+                continue
             if s.cell_type == "code": s.metadata.tags = sorted({*s.metadata.tags, "hide-input"})
             cells.append(s)
     method = f"[chapter {e.chapter[:2]}]({top}chapters/{e.chapter}.ipynb)" if e.chapter in known else f"chapter {e.chapter[:2]}"

@@ -174,7 +174,7 @@ def summary(judged: pd.DataFrame) -> list[str]:
     if len(base) < len(prompts): out.append(f"{len(prompts) - len(base)} of the {len(prompts)} prompts have no baseline and are in no comparison")
     out.append(f"original rule: {judged.is_collapsed.sum()} rows collapsed, {base.is_collapsed.sum()} of {len(base)} baselines; found improvements for {len(better[PROMPT].drop_duplicates())} of {base.is_collapsed.sum()} prompts, in {len(better)} rows")
     free = judged[judged.improves_without_loop]
-    out.append(f"period-agnostic rule: {judged.is_looping.sum()} rows looping, {base.is_looping.sum()} of {len(base)} baselines; {len(better) - len(free)} of the {len(better)} improving rows still loop, {len(free)} rows of {len(free[PROMPT].drop_duplicates())} prompts do not")
+    out.append(f"period-agnostic rule: {judged.is_looping.sum()} rows looping, {base.is_looping.sum()} of {len(base)} baselines; of the {len(better)} improving rows {len(better) - len(free)} still loop and {len(free)}, of {len(free[PROMPT].drop_duplicates())} prompts, do not")
     out.append(f"harm: {judged.harms_baseline.sum()} rows collapsed whose baseline was well, {judged.begins_loop.sum()} rows loop whose baseline did not")
     return out
 

@@ -11,9 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).parents[1]
 os.environ.setdefault("NEUROCODEC_QUIET", "1")
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no failure
+settings.load_profile("patient")
 
 
 def pytest_collection_modifyitems(items):
@@ -25,7 +28,8 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session", autouse=True)
 def scratch_place(tmp_path_factory):
     """Try-outs of all test processes share one temporary place, and none is left behind in the repository."""
-    place = tmp_path_factory.getbasetemp().parent / "scratch"
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "scratch"  # never that of an earlier run
     os.environ["NEUROCODEC_SCRATCH"] = str(place)
     return place
 
@@ -60,7 +64,7 @@ def browser(phone=False, dark=False, scripts=True, at_once=False):
     from selenium.webdriver.chrome.service import Service
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for a in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"): options.add_argument(a)
+    for a in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=1280,900"): options.add_argument(a)
     if phone: options.add_experimental_option("mobileEmulation", {"deviceMetrics": {"width": 390, "height": 844, "pixelRatio": 2, "touch": True}})
     if at_once: options.page_load_strategy = "none"
     options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
@@ -114,5 +118,5 @@ def open_app(name, run, folder):
     finally:
         if driver: driver.quit()
         os.killpg(server.pid, 15)  # the server and the kernels it started
-        server.wait(30)
+        server.wait(150)
         log.close()

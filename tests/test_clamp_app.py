@@ -23,8 +23,10 @@ def test_app_in_a_browser(toy_run, tmp_path):
         def button(text): return next(b for b in driver.find_elements(By.CSS_SELECTOR, ".nc-app button") if b.text == text)
         def texts(): return [x.text for x in driver.find_elements(By.CSS_SELECTOR, ".nc-text pre")]
         def pushes(): return [x.text for x in driver.find_elements(By.CSS_SELECTOR, ".nc-app select option") if "layer 2" in x.text]
-        wait(lambda: button("write"), "no page")
-        button("write").click()
+        def write():  # a click is lost while the last one is worked on
+            wait(lambda: button("write").is_enabled(), "no page, or one that stays busy")
+            button("write").click()
+        write()
         wait(lambda: len(texts()) == 2, "no two texts")
         assert texts()[0] == texts()[1] != "" and "the same text" in driver.find_element(By.CSS_SELECTOR, ".nc-app").text   # no push, same random numbers
 
@@ -33,17 +35,17 @@ def test_app_in_a_browser(toy_run, tmp_path):
         number.send_keys("300" + Keys.TAB)
         button("add push").click()
         wait(lambda: len(pushes()) == 1, "the push is not listed")
-        button("write").click()
+        write()
         wait(lambda: texts()[0] != texts()[1], "a neuron set to 300 at every position changed nothing")
         said = driver.find_element(By.CSS_SELECTOR, ".nc-app").text
         assert "they part at token" in said and "hooks left on the model: 0" in said and "300.00" in said
 
         box = driver.find_element(By.CSS_SELECTOR, ".widget-textarea textarea")
         box.clear(); box.send_keys(Keys.TAB)
-        button("write").click()
+        write()
         wait(lambda: "the prompt is empty" in driver.find_element(By.CSS_SELECTOR, ".nc-wrong").text, "an empty prompt was taken")
         box.send_keys(HOSTILE + Keys.TAB)
-        button("write").click()
+        write()
         wait(lambda: not driver.find_elements(By.CSS_SELECTOR, ".nc-wrong") and button("write").is_enabled(), "the new prompt was not continued")
         assert driver.title != "hacked" and not driver.find_elements(By.CSS_SELECTOR, ".nc-app img") and not foreign()
         driver.save_screenshot(str(tmp_path / "clamp.png"))

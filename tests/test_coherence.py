@@ -75,9 +75,9 @@ def test_planted_loops_of_any_period_are_found(piece, times, before):
 
 def test_long_texts_take_no_time():
     "Linear: the worst cases of a quadratic search, a million characters together."
-    start = time.perf_counter()
+    start = time.process_time()
     for text in ("a" * 250_000, "ab" * 125_000, "a" * 249_999 + "b", ("a" * 499 + "b") * 500): last_loop(text)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @given(st.lists(st.integers(0, 3), max_size=20), st.integers(1, 4))

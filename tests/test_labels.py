@@ -58,7 +58,7 @@ class Handler(BaseHTTPRequestHandler):
         out = b"{]" if what == "garbage" else json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "length" if what == "cut" else "stop"}]}).encode()
         try:
             self.send_response(status)
-            if status == 429: self.send_header("Retry-After", "0.3")
+            if status == 429: self.send_header("Retry-After", f"{s.pause}")
             self.send_header("Content-Length", str(len(out)))
             self.end_headers()
             self.wfile.write(out)
@@ -72,7 +72,7 @@ def server(monkeypatch):
     for k in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"): monkeypatch.delenv(k, raising=False)
     s = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     s.daemon_threads, s.lock = True, threading.Lock()
-    s.seen, s.paid, s.headers, s.keys, s.times, s.delay, s.plan = Counter(), Counter(), [], {}, [], 1.5, lambda p: ["good"]
+    s.seen, s.paid, s.headers, s.keys, s.times, s.delay, s.pause, s.plan = Counter(), Counter(), [], {}, [], 1.5, .3, lambda p: ["good"]
     s.url = f"http://127.0.0.1:{s.server_port}/v1"
     threading.Thread(target=s.serve_forever, args=(.05,), daemon=True).start()
     yield s
@@ -151,13 +151,13 @@ def test_a_key_is_in_no_failure(server, monkeypatch):
 
 
 def test_retry_after_holds_for_every_worker(server, tmp_path):
-    server.plan = lambda p: [429, "good"] if p.endswith("0") else ["good"]
+    server.pause, server.delay, server.plan = 2, .15, lambda p: [429, "slow"] if p.endswith("0") else ["slow"]
     chat = L.Server("m", server.url, tries=3, wait=.01, workers=2)
     replies = L.ask(chat, [f"prompt {i}" for i in range(12)], tmp_path)
     assert all(r.text is not None for r in replies)
     refused = next(t for t, what in server.times if what == 429)
-    early = [t - refused for t, what in server.times if what != 429 and .1 < t - refused < .28]
-    assert not early, early  # one request may have been under way
+    early = [t - refused for t, what in server.times if what != 429 and 0 < t - refused < 1.95]
+    assert len(early) <= 3, early  # one request may have been under way, and a busy machine learns late that it was refused
 
 
 def test_a_refused_key_stops_at_once(server, tmp_path):

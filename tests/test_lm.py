@@ -1,6 +1,7 @@
 "The model wrapper under fire: architectures it was not written for, random interventions, hostile folders, exceptions anywhere."
 import json
 import shutil
+import socket
 import time
 
 import pytest
@@ -169,6 +170,8 @@ def test_weights_that_are_no_weights(saved, tmp_path, data):
 def test_without_a_network_a_hub_id_is_one_quick_line(monkeypatch, tmp_path):
     for k in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"): monkeypatch.delenv(k, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "https://hub.invalid")
+    def unknown(*_, **__): raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)  # how long a name server is silent depends on the machine
     start = time.perf_counter()
     with pytest.raises(UserError, match="no-such-owner/no-such-model"): LM.load("no-such-owner/no-such-model")
     assert time.perf_counter() - start < 20

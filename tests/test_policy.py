@@ -52,6 +52,9 @@ def digests(folder):  # a kill may leave the temporary file that was being writt
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")}
 
 
+def written(path): return path.stat().st_mtime_ns if path.exists() else None
+
+
 def work(folder, steps, save_every, threads=1):
     os.environ["NEUROCODEC_QUIET"] = "1"
     torch.set_num_threads(threads)
@@ -66,12 +69,11 @@ def test_killed_at_random_it_ends_with_the_same_bytes(tmp_path):
     want, kills, rng = digests(tmp_path / "whole"), 0, random.Random(0)
     folder = tmp_path / "killed"
     for _ in range(40):
-        p = context.Process(target=work, args=(folder, steps, 0.))
+        before, p = written(folder / CHECKPOINT), context.Process(target=work, args=(folder, steps, 0.))
         p.start()
         if kills < 3:
-            began = time.monotonic()
-            while not (folder / CHECKPOINT).exists() and p.is_alive() and time.monotonic() - began < 60: time.sleep(.01)
-            time.sleep(rng.uniform(.02, .2))
+            while written(folder / CHECKPOINT) == before and p.is_alive(): time.sleep(.001)  # it has got further, however fast it is
+            time.sleep(rng.uniform(0, .05))
             p.kill()
         p.join()
         kills += p.exitcode == -9

@@ -54,7 +54,7 @@ def work(source, folder):
     torch.set_num_threads(1)
     folder.mkdir(exist_ok=True)
     jobs = {name: Job(j.dictionary, replace(j.config, n_tokens=LONG.n_tokens)) for name, j in JOBS.items()}
-    train_many(Store.open(source), jobs, folder, lambda start: Tracker(folder, start), save_every=0.05)
+    train_many(Store.open(source), jobs, folder, lambda start: Tracker(folder, start), save_every=.01)
 
 
 def training(source, folder):

@@ -1,5 +1,6 @@
 "The explorer as a reader's browser sees it, foreign formats, hostile text, and runs that lack a part."
 import json, re, shutil
+from statistics import median
 
 import numpy as np
 import pandas as pd
@@ -342,7 +343,7 @@ def test_it_opens_within_a_second_and_answers_within_a_tenth(desk, site, capsys)
     def once():
         took, painted = opened(desk, site), desk.execute_script("return performance.getEntriesByName('first-contentful-paint').map(e => e.startTime)[0] || 0")
         return took, painted, *(desk.execute_script(SEARCH, q) for q in ("w", "wo", "word 12", "family 5", "nothing like it", ""))
-    took, painted, *answers = (min(times) for times in zip(*(once() for _ in range(5))))  # what the page takes, without what else the machine was doing
+    took, painted, *answers = (median(times) for times in zip(*(once() for _ in range(5))))  # one stall of a busy machine is not the page's
     with capsys.disabled(): print(f"\nexplorer of 2,000 features: open {took:.0f} ms (first paint {painted:.0f} ms), search {max(answers):.1f} ms at most")
     assert took < 1000 and painted < 1000 and max(answers) < 100
     assert desk.execute_script("return document.querySelectorAll('.row').length") < 80, "only what is in sight is in the page"

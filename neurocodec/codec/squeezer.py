@@ -9,10 +9,11 @@ __all__ = ['Reader', 'MEASURES', 'support_of', 'Squeezer', 'kept_neurons', 'stro
            'mixture', 'tally_codes', 'read_through', 'tally_predictions']
 
 # %% ../../nbs/31_squeezer.ipynb #3304c80c
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -94,9 +95,9 @@ def chosen_only(hat_NF: Tensor, k: int) -> Tensor:
     return torch.where(hat_NF >= least_N1, hat_NF, 0)
 
 # %% ../../nbs/31_squeezer.ipynb #e05488fd
-def save_squeezer(path: str | Path, s: Squeezer, about: dict[str, str] | None = None) -> None:
-    "Write a squeezer, atomically; `about` goes into the file's header."
-    with atomic(path) as part: save_file({k: torch.as_tensor(getattr(s, k)).detach().cpu().contiguous() for k in Squeezer.__dataclass_fields__}, part, metadata={k: str(v) for k, v in (about or {}).items()})
+def save_squeezer(path: str | Path, s: Squeezer, about: dict[str, Any] | None = None) -> None:
+    "Write a squeezer, atomically; `about` goes into the file's header as JSON, in one entry, since several have no fixed order."
+    with atomic(path) as part: save_file({k: torch.as_tensor(getattr(s, k)).detach().cpu().contiguous() for k in Squeezer.__dataclass_fields__}, part, metadata={"about": json.dumps(about or {})})
 
 def load_squeezer(path: str | Path) -> Squeezer:
     "Read a squeezer; UserError where the file is none."
